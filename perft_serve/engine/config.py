@@ -1,0 +1,50 @@
+"""What an engine is told at its start. The command line of `perft-serve serve` is made from these fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Settings of one engine; `metadata["help"]` of each field is its help text on the command line.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    model: str = field(metadata={"help": "Base model: a local folder or a Hugging Face Hub id."})
+    adapters: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Adapters to load at the start: name to folder."}
+    )
+    adapter_dir: str | None = field(
+        default=None, metadata={"help": "Folder whose sub-folders are adapters, each served under its own name."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "auto (as the checkpoint), float32, bfloat16 or float16.", "choices": ("auto", "float32", "bfloat16", "float16")}
+    )
+    device: str = field(default="auto", metadata={"help": "auto (a GPU if there is one), cpu, cuda or cuda:N."})
+    max_num_seqs: int = field(default=64, metadata={"help": "The most requests that run in one step."})
+    max_num_batched_tokens: int = field(
+        default=512, metadata={"help": "The most tokens in one step; longer prompts are prefilled in chunks."}
+    )
+    max_model_len: int | None = field(
+        default=None, metadata={"help": "The longest prompt plus completion, in tokens (default: the model's context)."}
+    )
+    kv_memory: int = field(default=1 << 30, metadata={"help": "Memory for the KV cache (bytes, or 512M, 4G, ...).", "unit": "bytes"})
+    adapter_memory: int = field(
+        default=1 << 30, metadata={"help": "Memory for resident adapters (bytes, or 512M, 4G, ...).", "unit": "bytes"}
+    )
+    page_size: int = field(default=16, metadata={"help": "Tokens in a page of the KV cache."})
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "kv_memory", "adapter_memory", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ValueError(f"max_model_len must be at least 2, got {self.max_model_len}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): each running request needs one token a step"
+            )

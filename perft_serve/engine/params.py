@@ -1,0 +1,116 @@
+"""How a request wants its tokens chosen. Plain data: no torch, no text processing, no HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from perft.errors import PerftError
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+
+
+class RequestError(PerftError):
+    """A request cannot be served as it stands; `param` names the field at fault, if there is one."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """Sampling parameters, with vLLM's names and meanings.
+
+    Args:
+        n: how many completions of the same prompt.
+        max_tokens: the most tokens to generate (0 with `prompt_logprobs`: score the prompt only);
+            `None`: as many as the context holds.
+        temperature: 0 means greedy.
+        top_p: keep the smallest set of tokens whose probability reaches this.
+        top_k: keep this many of the likeliest tokens; 0 means all.
+        min_p: keep the tokens at least this fraction as likely as the likeliest.
+        seed: makes sampling reproducible, whatever else is in the batch; `None` draws a fresh one.
+        stop: strings that end the text; they are left out of it unless `include_stop_str_in_output`.
+        stop_token_ids: tokens that end the text, as the end-of-sequence token does.
+        ignore_eos: go on after the end-of-sequence token.
+        logprobs: how many of the likeliest tokens to report at each generated position, beside the chosen one;
+            0 reports the chosen one only, `None` nothing. Log-probabilities are of the model's own
+            distribution, before temperature and filters.
+        prompt_logprobs: the same for each position of the prompt (the first has none).
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        RequestError: a value is of the wrong type or out of its range.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)):
+                raise RequestError(f"{name} must be a list, got {value!r}", param=name)
+            object.__setattr__(self, name, tuple(value))
+        self._check_ints()
+        _check_float("temperature", self.temperature, 0.0, 2.0)
+        _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}", param=name)
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings, got {len(self.stop)}", param="stop")
+        for stop in self.stop:
+            if not isinstance(stop, str) or not stop:
+                raise RequestError(f"stop strings must be non-empty strings, got {stop!r}", param="stop")
+
+    def _check_ints(self) -> None:
+        _check_int("n", self.n, 1, 128)
+        # 0 is of use only to score a prompt: whoever takes it from a user decides whether it makes sense
+        _check_int("max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1, 1 << 31, optional=True)
+        _check_int("top_k", self.top_k, -1, 1 << 31)
+        if self.top_k == -1:  # vLLM's other spelling of "all"
+            object.__setattr__(self, "top_k", 0)
+        _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1, optional=True)
+        _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, 1 << 31)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+
+def _check_int(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be an integer, got {value!r}", param=name)
+    if not low <= value <= high:
+        raise RequestError(f"{name} must be between {low} and {high}, got {value}", param=name)
+
+
+def _check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RequestError(f"{name} must be a number, got {value!r}", param=name)
+    if not (low < value <= high if open_low else low <= value <= high):  # NaN fails every comparison
+        bracket = "(" if open_low else "["
+        raise RequestError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value}", param=name)
