@@ -159,7 +159,9 @@ class PerftConfig(PeftConfig):
         if self.norm_topk is not None and not isinstance(self.norm_topk, bool):
             raise PerftError(f"norm_topk must be true, false or none, got {self.norm_topk!r}")
         if self.combine == "base-rank" and self.norm_topk is not None:
-            raise PerftError("norm_topk has no meaning with combine='base-rank' (the base router's weights are used as is)")
+            raise PerftError(
+                "norm_topk has no meaning with combine='base-rank' (the base router's weights are used as is)"
+            )
         if self.router_aux_loss_coef is None:
             self.router_aux_loss_coef = DEFAULT_ROUTER_AUX_LOSS_COEF
         coef = self.router_aux_loss_coef

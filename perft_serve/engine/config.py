@@ -21,7 +21,11 @@ class EngineConfig:
         default=None, metadata={"help": "Folder whose sub-folders are adapters, each served under its own name."}
     )
     dtype: str = field(
-        default="auto", metadata={"help": "auto (as the checkpoint), float32, bfloat16 or float16.", "choices": ("auto", "float32", "bfloat16", "float16")}
+        default="auto",
+        metadata={
+            "help": "auto (as the checkpoint), float32, bfloat16 or float16.",
+            "choices": ("auto", "float32", "bfloat16", "float16"),
+        },
     )
     device: str = field(default="auto", metadata={"help": "auto (a GPU if there is one), cpu, cuda or cuda:N."})
     max_num_seqs: int = field(default=64, metadata={"help": "The most requests that run in one step."})
@@ -31,7 +35,9 @@ class EngineConfig:
     max_model_len: int | None = field(
         default=None, metadata={"help": "The longest prompt plus completion, in tokens (default: the model's context)."}
     )
-    kv_memory: int = field(default=1 << 30, metadata={"help": "Memory for the KV cache (bytes, or 512M, 4G, ...).", "unit": "bytes"})
+    kv_memory: int = field(
+        default=1 << 30, metadata={"help": "Memory for the KV cache (bytes, or 512M, 4G, ...).", "unit": "bytes"}
+    )
     adapter_memory: int = field(
         default=1 << 30, metadata={"help": "Memory for resident adapters (bytes, or 512M, 4G, ...).", "unit": "bytes"}
     )

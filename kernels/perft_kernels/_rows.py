@@ -1,0 +1,66 @@
+"""Rows of a pool gathered by ragged groups: the one primitive under the CPU backends of both adapter ops.
+
+A *pool* holds rows of width D. A *pair* p joins one token to a block of `count_P[p]` consecutive rows that starts at
+`first_row_P[p]`: the down rows of an adapter expert, or the gate rows of an adapter's router. Blocks of all sizes come
+mixed; nothing is padded to the largest, and no Python loop runs over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# From this many tokens on, one block's rows are multiplied in a GEMM of their own; below, rows are gathered per pair.
+_MIN_GEMM_TOKENS = 8
+
+
+def row_scores(
+    x_TD: Tensor, token_P: Tensor, pool_SD: Tensor, first_row_P: Tensor, count_P: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Dot products of each pair's token with each row of the pair's block.
+
+    Args:
+        x_TD: activations, any floating dtype.
+        token_P: token of each pair, int64 in [0, T).
+        pool_SD: the pool.
+        first_row_P: first row of each pair's block, int64; the blocks lie inside the pool.
+        count_P: rows in each pair's block, int64 >= 1.
+
+    Yields:
+        For each distinct count n: the pairs `sel_p` (ascending) that have it, and their scores, float32 `[p, n]`,
+        computed in float32 from rows and activations as they are.
+    """
+    for count in torch.unique(count_P).tolist():
+        sel_p = (count_P == count).nonzero().squeeze(1)
+        yield sel_p, _scores_of_one_size(x_TD, token_P[sel_p], pool_SD, first_row_P[sel_p], count)
+
+
+def _scores_of_one_size(x_TD: Tensor, token_P: Tensor, pool_SD: Tensor, first_row_P: Tensor, count: int) -> Tensor:
+    num_pairs = token_P.numel()
+    if num_pairs < _MIN_GEMM_TOKENS:
+        return _gathered(x_TD, token_P, pool_SD, first_row_P, count)
+    order_P = torch.argsort(first_row_P, stable=True)
+    blocks_G, sizes_G = torch.unique_consecutive(first_row_P[order_P], return_counts=True)
+    scores_Pn = torch.empty(num_pairs, count, dtype=torch.float32, device=x_TD.device)
+    cold: list[Tensor] = []
+    start = 0
+    for first_row, size in zip(blocks_G.tolist(), sizes_G.tolist(), strict=True):
+        pairs = order_P[start : start + size]
+        start += size
+        if size < _MIN_GEMM_TOKENS:
+            cold.append(pairs)
+        else:
+            rows_nD = pool_SD[first_row : first_row + count].float()
+            scores_Pn[pairs] = x_TD[token_P[pairs]].float() @ rows_nD.T
+    if cold:
+        pairs = torch.cat(cold)
+        scores_Pn[pairs] = _gathered(x_TD, token_P[pairs], pool_SD, first_row_P[pairs], count)
+    return scores_Pn
+
+
+def _gathered(x_TD: Tensor, token_P: Tensor, pool_SD: Tensor, first_row_P: Tensor, count: int) -> Tensor:
+    row_Pn = first_row_P.unsqueeze(1) + torch.arange(count, device=first_row_P.device)
+    rows_PnD = pool_SD.index_select(0, row_Pn.view(-1)).view(-1, count, pool_SD.shape[1]).float()
+    return torch.bmm(rows_PnD, x_TD.index_select(0, token_P).float().unsqueeze(2)).squeeze(2)

@@ -1,0 +1,229 @@
+"""`routed_units`: what the chosen adapter experts add to a MoE block's output.
+
+Contract
+    out[t] = y[t] + sum over x of  weights[t, x] * scale[e] * up_e( act_e( down_e(h[t]) ) ),     e = ids[t, x]
+
+    down_e is `rank[e]` rows of the pool `down_SD` from row `down_row[e]`, each dotted with h; up_e is `rank[e]` rows of
+    `up_SD` from row `up_row[e]`, summed with the bottleneck's values as coefficients. act_e is SiLU where `silu[e]`,
+    else the identity (`parallel` and `lora` units, DESIGN equation of PERFT, arXiv 2411.08212).
+
+    | tensor      | shape  | dtype           | meaning                                                        |
+    |-------------|--------|-----------------|----------------------------------------------------------------|
+    | y_TD        | [T, D] | float           | output of the base experts; `out` has its shape and dtype      |
+    | h_TD        | [T, D] | float           | input of the MoE block                                         |
+    | ids_TX      | [T, X] | int64           | adapter experts of each token; outside [0, E): no contribution |
+    | weights_TX  | [T, X] | float32         | combine weights                                                |
+    | down_SD     | [S, D] | float           | pool of rank rows (down and up may be one pool)                |
+    | up_SD       | [S, D] | as down_SD      |                                                                |
+    | down_row_E  | [E]    | int64           | first row of each adapter expert in `down_SD`                  |
+    | up_row_E    | [E]    | int64           | the same in `up_SD`                                            |
+    | rank_E      | [E]    | int64           | rank of each adapter expert; 0: it adds nothing                |
+    | scale_E     | [E]    | float32         | `alpha / r`, or 1                                              |
+    | silu_E      | [E]    | bool            | SiLU in the bottleneck                                         |
+    | mask_TXR    | or none| float32         | multiplies the bottleneck before act (dropout in training;     |
+    |             |        |                 | R: the one rank that all adapter experts then have)            |
+
+    Ranks are ragged: cost follows the active pairs and their own ranks, never the largest. Arithmetic inside the bottleneck
+    and over the sum is float32. A pair reads only its own rows, so NaN in one adapter stays with that adapter's tokens.
+    Gradients: y, h, weights, down, up.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perft_kernels._rows import row_scores
+
+
+def routed_units_reference(
+    y_TD: Tensor,
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    rank_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None = None,
+) -> Tensor:
+    """The contract above in plain torch, without a loop over tokens: the specification, and the CPU backend."""
+    token_P, slot_P, expert_P = _active_pairs(ids_TX, rank_E)
+    if token_P.numel() == 0:
+        return y_TD.clone()
+    rank_P = rank_E[expert_P]
+    end_P = rank_P.cumsum(0)  # pair p owns the coefficients [end - rank, end)
+    start_P = end_P - rank_P
+    coefficient_S = torch.empty(int(end_P[-1]), dtype=torch.float32, device=h_TD.device)
+    row_S = torch.empty_like(coefficient_S, dtype=torch.int64)
+    factor_P = weights_TX[token_P, slot_P].float() * scale_E[expert_P]
+    for sel_p, z_pR in row_scores(h_TD, token_P, down_SD, down_row_E[expert_P], rank_P):
+        if mask_TXR is not None:
+            z_pR = z_pR * mask_TXR[token_P[sel_p], slot_P[sel_p]]
+        a_pR = torch.where(silu_E[expert_P[sel_p]].unsqueeze(1), F.silu(z_pR), z_pR) * factor_P[sel_p].unsqueeze(1)
+        offset_R = torch.arange(z_pR.shape[1], device=z_pR.device)
+        at_pR = start_P[sel_p].unsqueeze(1) + offset_R
+        coefficient_S[at_pR] = a_pR
+        row_S[at_pR] = up_row_E[expert_P[sel_p]].unsqueeze(1) + offset_R
+    # one bag per token: pairs are in token order, so a token's sum always runs in the order of its own slots
+    rows_T = torch.zeros(h_TD.shape[0], dtype=torch.int64, device=h_TD.device).index_add_(0, token_P, rank_P)
+    delta_TD = F.embedding_bag(
+        row_S,
+        up_SD,
+        rows_T.cumsum(0) - rows_T,
+        mode="sum",
+        per_sample_weights=coefficient_S.to(up_SD.dtype),
+    )
+    return (y_TD.float() + delta_TD.float()).to(y_TD.dtype)
+
+
+def _active_pairs(ids_TX: Tensor, rank_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, slot, adapter expert) of every pair that contributes, in token order."""
+    inside_TX = (ids_TX >= 0) & (ids_TX < rank_E.shape[0])
+    active_TX = inside_TX & (rank_E[torch.where(inside_TX, ids_TX, 0)] > 0) if rank_E.numel() else inside_TX
+    token_P, slot_P = active_TX.nonzero(as_tuple=True)
+    return token_P, slot_P, ids_TX[token_P, slot_P]
+
+
+def _backward_reference(
+    grad_TD: Tensor,
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    rank_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of h, weights, down, up. The bottleneck is computed again; one pass over the active adapter experts."""
+    grad_h_TD = torch.zeros(h_TD.shape, dtype=torch.float32, device=h_TD.device)
+    grad_weights_TX = torch.zeros(weights_TX.shape, dtype=torch.float32, device=h_TD.device)
+    grad_down_SD = torch.zeros_like(down_SD)
+    grad_up_SD = torch.zeros_like(up_SD)
+    token_P, slot_P, expert_P = _active_pairs(ids_TX, rank_E)
+    order_P = torch.argsort(expert_P, stable=True)
+    experts_G, sizes_G = torch.unique_consecutive(expert_P[order_P], return_counts=True)
+    start = 0
+    for expert, size in zip(experts_G.tolist(), sizes_G.tolist(), strict=True):
+        pairs = order_P[start : start + size]
+        start += size
+        token_p, slot_p = token_P[pairs], slot_P[pairs]
+        rank = int(rank_E[expert])
+        down_rows = slice(int(down_row_E[expert]), int(down_row_E[expert]) + rank)
+        up_rows = slice(int(up_row_E[expert]), int(up_row_E[expert]) + rank)
+        x_pD, grad_pD = h_TD[token_p].float(), grad_TD[token_p].float()
+        down_RD, up_RD = down_SD[down_rows].float(), up_SD[up_rows].float()
+        factor_p = weights_TX[token_p, slot_p].float().unsqueeze(1) * scale_E[expert]
+        mask_pR = None if mask_TXR is None else mask_TXR[token_p, slot_p]
+
+        z_pR = x_pD @ down_RD.T
+        if mask_pR is not None:
+            z_pR = z_pR * mask_pR
+        silu = bool(silu_E[expert])
+        a_pR = F.silu(z_pR) if silu else z_pR
+        b_pR = grad_pD @ up_RD.T  # the gradient seen through up, before the weight
+        grad_weights_TX[token_p, slot_p] = (a_pR * b_pR).sum(1) * scale_E[expert]
+        grad_up_SD[up_rows] += ((a_pR * factor_p).T @ grad_pD).to(grad_up_SD.dtype)
+        grad_z_pR = b_pR * factor_p
+        if silu:
+            sigmoid_pR = torch.sigmoid(z_pR)
+            grad_z_pR = grad_z_pR * sigmoid_pR * (1 + z_pR * (1 - sigmoid_pR))
+        if mask_pR is not None:
+            grad_z_pR = grad_z_pR * mask_pR
+        grad_down_SD[down_rows] += (grad_z_pR.T @ x_pD).to(grad_down_SD.dtype)
+        grad_h_TD.index_add_(0, token_p, grad_z_pR @ down_RD)
+    return grad_h_TD.to(h_TD.dtype), grad_weights_TX.to(weights_TX.dtype), grad_down_SD, grad_up_SD
+
+
+@torch.library.custom_op("perft::routed_units", mutates_args=())
+def routed_units(
+    y_TD: Tensor,
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    rank_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None = None,
+) -> Tensor:
+    """`y_TD` plus the delta of the chosen adapter experts; see the contract at the head of this file."""
+    return routed_units_reference(
+        y_TD,
+        h_TD,
+        ids_TX,
+        weights_TX,
+        down_SD,
+        up_SD,
+        down_row_E,
+        up_row_E,
+        rank_E,
+        scale_E,
+        silu_E,
+        mask_TXR,
+    )
+
+
+@routed_units.register_fake
+def _(y_TD, h_TD, *_args, **_kwargs):  # type: ignore[no-untyped-def]
+    return torch.empty_like(y_TD)
+
+
+@torch.library.custom_op("perft::routed_units_backward", mutates_args=())
+def routed_units_backward(
+    grad_TD: Tensor,
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    rank_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `routed_units` for (h, weights, down, up), each with the shape and dtype of what it belongs to."""
+    return _backward_reference(
+        grad_TD,
+        h_TD,
+        ids_TX,
+        weights_TX,
+        down_SD,
+        up_SD,
+        down_row_E,
+        up_row_E,
+        rank_E,
+        scale_E,
+        silu_E,
+        mask_TXR,
+    )
+
+
+@routed_units_backward.register_fake
+def _(grad_TD, h_TD, ids_TX, weights_TX, down_SD, up_SD, *_args, **_kwargs):  # type: ignore[no-untyped-def]
+    return torch.empty_like(h_TD), torch.empty_like(weights_TX), torch.empty_like(down_SD), torch.empty_like(up_SD)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
+    grad_h, grad_weights, grad_down, grad_up = routed_units_backward(grad_TD.contiguous(), *ctx.saved_tensors)
+    return grad_TD, grad_h, None, grad_weights, grad_down, grad_up, None, None, None, None, None, None
+
+
+routed_units.register_autograd(_backward, setup_context=_setup_context)

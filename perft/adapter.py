@@ -1,0 +1,289 @@
+"""An adapter on disk: read and checked, or written. The server, `perft inspect` and `perft import` all come through here.
+
+A folder with `adapter_config.json` (a `PerftConfig`) and `adapter_model.safetensors`, as PEFT's `save_pretrained` writes it.
+Tensors, for each adapted MoE block whose experts module is `PATH`:
+
+    base_model.model.PATH.perft_down   [M, R, D]   rank rows that are dotted with the block's input
+    base_model.model.PATH.perft_up     [M, R, D]   rank rows that are summed into the block's output
+    base_model.model.PATH.perft_gate   [M, D]      the adapter's router (variant R only)
+
+A folder is taken whole or not at all: every tensor is accounted for, its shape and dtype are checked, NaN and infinity are
+refused, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from perft.config import PerftConfig
+from perft.errors import AdapterError, PerftError
+from perft.model import resolve_config
+from perft.moe import MoeBlock
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_KEY = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+)\.(?P<kind>perft_down|perft_up|perft_gate)$")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# fields of the configuration that change what the adapter computes: they are part of its identity
+_IDENTITY_FIELDS = ("variant", "r", "unit", "alpha", "num_experts", "top_k", "norm_topk", "combine")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTensors:
+    """One layer of an adapter: down and up as rank rows `[M, R, D]`, the gate `[M, D]` for variant R."""
+
+    down_MRD: Tensor
+    up_MRD: Tensor
+    gate_MD: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """Its tensors by their names on disk."""
+        tensors = {"perft_down": self.down_MRD, "perft_up": self.up_MRD}
+        return tensors if self.gate_MD is None else {**tensors, "perft_gate": self.gate_MD}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """A checked adapter.
+
+    Args:
+        config: its configuration, as it was written.
+        layers: its tensors by decoder layer.
+        digest: sha256 (hex) over what it computes: the configuration's meaning and every tensor's bytes.
+    """
+
+    config: PerftConfig
+    layers: dict[int, LayerTensors]
+    digest: str
+
+    @property
+    def num_experts(self) -> int:
+        """M, the adapter experts of a layer (for variant E: N)."""
+        return int(next(iter(self.layers.values())).down_MRD.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(next(iter(self.layers.values())).down_MRD.shape[2])
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(t.numel() for layer in self.layers.values() for t in layer.named().values())
+
+    @property
+    def num_bytes(self) -> int:
+        """What its tensors weigh on disk."""
+        return sum(t.nbytes for layer in self.layers.values() for t in layer.named().values())
+
+
+def read_config(path: str | Path) -> PerftConfig:
+    """The configuration of the adapter in folder `path`; reads no tensor.
+
+    Raises:
+        AdapterError: the folder or the file is missing or not a PERFT adapter's.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise AdapterError(f"no adapter at {str(path)!r}: the folder does not exist")
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise AdapterError(
+            f"{str(folder)!r} is not an adapter: it has no {CONFIG_FILE}"
+            + (
+                " (a checkpoint of the PERFT authors' code? Turn it into an adapter with `perft import`)"
+                if (folder / "config.json").is_file()
+                else ""
+            )
+        )
+    try:
+        fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.get("peft_type") != "PERFT":
+        kind = fields.get("peft_type") if isinstance(fields, dict) else None
+        raise AdapterError(f"{file}: peft_type is {kind!r}, not 'PERFT'; only PERFT adapters can be used here")
+    known = set(PerftConfig.__dataclass_fields__) - {"target_modules"}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise AdapterError(f"{file}: unknown fields {unknown}; was it written by a newer version?")
+    try:
+        return PerftConfig(**{name: value for name, value in fields.items() if name != "peft_type"})
+    except (PerftError, TypeError) as error:
+        raise AdapterError(f"{file}: {error}") from error
+
+
+def read_adapter(path: str | Path, blocks: Sequence[MoeBlock] | None = None) -> Adapter:
+    """Read the adapter in folder `path` and check all of it.
+
+    Args:
+        path: the adapter's folder.
+        blocks: MoE blocks of the base it must fit; without them the layers are told from the tensors' names, and only
+            what the adapter says of itself is checked.
+
+    Raises:
+        AdapterError: anything about it is missing, left over, misshapen, not finite, or does not fit the base.
+    """
+    config = read_config(path)
+    file = Path(path) / WEIGHTS_FILE
+    if not file.is_file():
+        pickles = sorted(entry.name for entry in Path(path).iterdir() if entry.suffix in _PICKLES)
+        reason = (
+            f"{', '.join(pickles)}: pickled weights can run code when they are read and are never loaded; save the adapter "
+            "again with safe_serialization=True"
+            if pickles
+            else "the file does not exist"
+        )
+        raise AdapterError(f"no {WEIGHTS_FILE} in {str(path)!r}: {reason}")
+    try:
+        layers, digest = _read_tensors(file, config, blocks)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file}: not a whole safetensors file: {error}") from error
+    except PerftError as error:
+        raise AdapterError(f"{file}: {error}") from error
+    return Adapter(config=config, layers=layers, digest=digest)
+
+
+def write_adapter(
+    path: str | Path, config: PerftConfig, layers: Mapping[int, LayerTensors], block_names: Mapping[int, str]
+) -> None:
+    """Write an adapter folder.
+
+    Args:
+        path: the folder; made if need be.
+        config: its configuration.
+        layers: its tensors by decoder layer.
+        block_names: path of each layer's experts module in the base (`MoeBlock.name`).
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"base_model.model.{block_names[layer]}.{kind}": tensor.contiguous()
+        for layer, rows in layers.items()
+        for kind, tensor in rows.named().items()
+    }
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+
+
+def _read_tensors(
+    file: Path, config: PerftConfig, blocks: Sequence[MoeBlock] | None
+) -> tuple[dict[int, LayerTensors], str]:
+    with safe_open(file, framework="pt") as reader:
+        found = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - not a dict
+    by_path: dict[str, dict[str, Tensor]] = {}
+    left_over = []
+    for key, tensor in found.items():
+        match = _KEY.match(key)
+        if match is None:
+            left_over.append(key)
+        else:
+            by_path.setdefault(match["path"], {})[match["kind"]] = tensor
+    if left_over:
+        raise AdapterError(f"tensors that do not belong to a PERFT adapter: {_some(left_over)}")
+    if not by_path:
+        raise AdapterError("it holds no tensors")
+    identity = {name: getattr(config, name) for name in _IDENTITY_FIELDS}  # as written, whatever the base makes of it
+    expected = _expected_blocks(config, by_path, blocks)
+    missing = [block.name for block in expected if block.name not in by_path]
+    extra = sorted(set(by_path) - {block.name for block in expected})
+    if missing:
+        raise AdapterError(f"tensors are missing for {_some(missing)}")
+    if extra:
+        raise AdapterError(
+            f"tensors for modules that the base does not have, or that are not to be adapted: {_some(extra)}"
+        )
+    layers = {block.layer: _layer(config, block, by_path[block.name]) for block in expected}
+    return layers, _digest(identity, layers)
+
+
+def _expected_blocks(
+    config: PerftConfig, by_path: Mapping[str, Mapping[str, Tensor]], blocks: Sequence[MoeBlock] | None
+) -> list[MoeBlock]:
+    """The blocks that must have tensors; without a base, the ones that the tensors' own names and shapes imply."""
+    if blocks is not None:
+        return resolve_config(config, list(blocks))
+    implied = []
+    for path, tensors in by_path.items():
+        numbers = re.findall(r"\.(\d+)\.", f".{path}.")
+        shape = tensors.get("perft_down", torch.empty(0, 0, 0)).shape
+        if not numbers or len(shape) != 3:
+            raise AdapterError(f"cannot tell the layer or the shape of {path!r}")
+        num_experts = config.num_experts if config.num_experts is not None else shape[0]
+        implied.append(
+            MoeBlock(
+                layer=int(numbers[0]),
+                name=path,
+                hidden_size=shape[2],
+                num_experts=num_experts,
+                top_k=None,
+                norm_topk=True,
+            )
+        )
+    if len({block.layer for block in implied}) != len(implied):
+        raise AdapterError("it holds tensors of two modules in one layer")
+    if len({block.hidden_size for block in implied}) != 1 or len({block.num_experts for block in implied}) != 1:
+        raise AdapterError("its layers differ in hidden size or in the number of adapter experts")
+    if config.layers_to_transform is not None:
+        missing = sorted(set(config.layers_to_transform) - {block.layer for block in implied})
+        if missing:
+            raise AdapterError(f"tensors are missing for layers {missing}")
+    return sorted(implied, key=lambda block: block.layer)
+
+
+def _layer(config: PerftConfig, block: MoeBlock, tensors: Mapping[str, Tensor]) -> LayerTensors:
+    num_experts = block.num_experts if config.num_experts is None else config.num_experts
+    shapes: dict[str, tuple[int, ...]] = {
+        "perft_down": (num_experts, config.r, block.hidden_size),
+        "perft_up": (num_experts, config.r, block.hidden_size),
+    }
+    if config.variant == "R":
+        shapes["perft_gate"] = (num_experts, block.hidden_size)
+    for kind, shape in shapes.items():
+        if kind not in tensors:
+            raise AdapterError(f"tensor {block.name}.{kind} is missing")
+        if tuple(tensors[kind].shape) != shape:
+            raise AdapterError(
+                f"tensor {block.name}.{kind} has shape {list(tensors[kind].shape)}, but {list(shape)} is needed"
+                + _shape_hint(config)
+            )
+    for kind, tensor in tensors.items():
+        if kind not in shapes:
+            raise AdapterError(f"tensor {block.name}.{kind} does not belong to variant {config.variant}")
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(f"tensor {block.name}.{kind} is {tensor.dtype}; float32, bfloat16 or float16 is needed")
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"tensor {block.name}.{kind} holds NaN or infinity")
+    return LayerTensors(down_MRD=tensors["perft_down"], up_MRD=tensors["perft_up"], gate_MD=tensors.get("perft_gate"))
+
+
+def _shape_hint(config: PerftConfig) -> str:
+    first = "N base experts" if config.variant == "E" else "M adapter experts"
+    return f" ({first}, r={config.r}, hidden size of the base): is the adapter for another base?"
+
+
+def _digest(identity: Mapping[str, object], layers: Mapping[int, LayerTensors]) -> str:
+    digest = hashlib.sha256()
+    digest.update(json.dumps(identity, sort_keys=True).encode())
+    for layer in sorted(layers):
+        for kind, tensor in sorted(layers[layer].named().items()):
+            digest.update(f"{layer}.{kind}.{tensor.dtype}.{list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _some(names: Sequence[str], at_most: int = 3) -> str:
+    shown = ", ".join(names[:at_most])
+    return shown if len(names) <= at_most else f"{shown} and {len(names) - at_most} more"
