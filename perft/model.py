@@ -83,7 +83,8 @@ class PerftModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PerftConfig, key: str) -> bool:
-        return key in (peft_config.target_modules or ())
+        # PEFT shortens twenty or more names to common endings
+        return any(key == name or key.endswith(f".{name}") for name in peft_config.target_modules or ())
 
     def _create_and_replace(
         self,
