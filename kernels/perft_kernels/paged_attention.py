@@ -1,0 +1,154 @@
+"""`paged_attention`: causal attention of a flattened batch over KV pages, prefill chunks and decode tokens in one call.
+
+Contract
+    The batch holds the new tokens of B sequences one after the other. Sequence b has `num_queries[b]` new tokens and, those
+    included, `context_len[b]` tokens in all; token j of its context lies in page `pages[b][j // page_size]`, row
+    `j % page_size`. New keys and values are in the pages already (`kv_write`). Query i of sequence b stands at position
+    p = context_len[b] - num_queries[b] + i and sees the positions (p - window, p].
+
+        out = softmax(scale * q k^T) v,    with one more column `sinks[head]` in the softmax where there are sinks
+
+    | tensor     | shape                | meaning                                                          |
+    |------------|----------------------|------------------------------------------------------------------|
+    | q_THC      | [T, H, C]            | queries                                                          |
+    | k_pages    | [P, page, G, C]      | keys; H is a multiple of G                                       |
+    | v_pages    | [P, page, G, Cv]     | values                                                           |
+    | pages_BN   | [B, N] int64         | page table; page 0 is nobody's and stands where a row has no more |
+    | sinks_H    | [H] or none          | gpt-oss: a learned logit that takes weight and gives nothing     |
+
+    Rows of a page that hold no token must be finite (the engine hands out cleared pages): they are masked, and a masked
+    NaN would still poison the product with the values. A sequence reads its own pages only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kv_write(k_TGC: Tensor, v_TGC: Tensor, k_pages: Tensor, v_pages: Tensor, slot_T: Tensor) -> None:
+    """Store each new token's key and value at row `slot_T[t]` of the pages seen as `[P * page, G, C]`."""
+    k_pages.flatten(0, 1).index_copy_(0, slot_T, k_TGC)
+    v_pages.flatten(0, 1).index_copy_(0, slot_T, v_TGC)
+
+
+def paged_attention(
+    q_THC: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages_BN: Tensor,
+    num_queries: Sequence[int],
+    context_len: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Attention output `[T, H, Cv]`; see the contract at the head of this file.
+
+    Sequences with one query are batched, whatever their lengths; the others run one at a time.
+    """
+    out_THC = q_THC.new_empty(q_THC.shape[0], q_THC.shape[1], v_pages.shape[3])
+    decode, start = [], 0
+    starts = []
+    for b, n in enumerate(num_queries):
+        starts.append(start)
+        start += n
+        if n == 1:
+            decode.append(b)
+    if decode:
+        _decode(q_THC, k_pages, v_pages, pages_BN, decode, starts, context_len, scale, window, sinks_H, out_THC)
+    for b, n in enumerate(num_queries):
+        if n > 1:
+            rows = slice(starts[b], starts[b] + n)
+            length = context_len[b]
+            first = length - n
+            position_n = torch.arange(first, length, device=q_THC.device)
+            key_S = torch.arange(length, device=q_THC.device)
+            mask_nS = None
+            if window is not None and window < length:
+                mask_nS = (key_S <= position_n[:, None]) & (key_S > position_n[:, None] - window)
+            elif first > 0 or sinks_H is not None:
+                mask_nS = key_S <= position_n[:, None]
+            k_SGC = _gather(k_pages, pages_BN[b], length)
+            v_SGC = _gather(v_pages, pages_BN[b], length)
+            out_THC[rows] = _attend(
+                q_THC[rows].unsqueeze(0),
+                k_SGC.unsqueeze(0),
+                v_SGC.unsqueeze(0),
+                None if mask_nS is None else mask_nS[None, None],
+                scale,
+                sinks_H,
+            )[0]
+    return out_THC
+
+
+def _decode(
+    q_THC: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages_BN: Tensor,
+    decode: list[int],
+    starts: list[int],
+    context_len: Sequence[int],
+    scale: float,
+    window: int | None,
+    sinks_H: Tensor | None,
+    out_THC: Tensor,
+) -> None:
+    device, page_size = q_THC.device, k_pages.shape[1]
+    longest = max(context_len[b] for b in decode)
+    num_pages = -(-longest // page_size)
+    rows_B = torch.tensor([starts[b] for b in decode], device=device)
+    length_B = torch.tensor([context_len[b] for b in decode], device=device)
+    table_BN = pages_BN[torch.tensor(decode, device=device), :num_pages]
+    key_S = torch.arange(num_pages * page_size, device=device)
+    mask_BS = key_S < length_B[:, None]
+    if window is not None:
+        mask_BS &= key_S >= length_B[:, None] - window
+    k_BSGC = k_pages[table_BN].flatten(1, 2)
+    v_BSGC = v_pages[table_BN].flatten(1, 2)
+    out_THC[rows_B] = _attend(q_THC[rows_B].unsqueeze(1), k_BSGC, v_BSGC, mask_BS[:, None, None], scale, sinks_H)[:, 0]
+
+
+def _gather(pages: Tensor, table_N: Tensor, length: int) -> Tensor:
+    num_pages = -(-length // pages.shape[1])
+    return pages[table_N[:num_pages]].flatten(0, 1)[:length]
+
+
+def _attend(
+    q_BnHC: Tensor,
+    k_BSGC: Tensor,
+    v_BSGC: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Attention of [B, n, H, C] over [B, S, G, C]; `mask` broadcasts to [B, 1, n, S], `None` means causal with n == S."""
+    num_seqs, n, num_heads, _ = q_BnHC.shape
+    groups = num_heads // k_BSGC.shape[2]
+    if n == 1 and sinks_H is None:
+        # the heads of one group are queries of one key head
+        q = q_BnHC.view(num_seqs, -1, groups, q_BnHC.shape[-1])
+        out = F.scaled_dot_product_attention(
+            q, k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2), attn_mask=mask, scale=scale
+        )
+        return out.reshape(num_seqs, 1, num_heads, -1)
+    q_BHnC = q_BnHC.transpose(1, 2)
+    k_BHSC = k_BSGC.transpose(1, 2).repeat_interleave(groups, dim=1)
+    v_BHSC = v_BSGC.transpose(1, 2).repeat_interleave(groups, dim=1)
+    if sinks_H is None:
+        out = F.scaled_dot_product_attention(
+            q_BHnC, k_BHSC, v_BHSC, attn_mask=mask, is_causal=mask is None and n > 1, scale=scale
+        )
+    else:
+        assert mask is not None
+        scores = (q_BHnC.float() @ k_BHSC.float().transpose(2, 3)) * scale
+        scores = scores.masked_fill(~mask, float("-inf"))
+        sink = sinks_H.float().view(1, -1, 1, 1).expand(num_seqs, -1, n, 1)
+        weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+        out = (weights @ v_BHSC.float()).to(q_BHnC.dtype)
+    return out.transpose(1, 2)

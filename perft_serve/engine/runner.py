@@ -1,0 +1,206 @@
+"""The base model with the seam behind it, and its KV cache: runs plans. In: a `Plan`. Out: a `ChunkResult` per chunk.
+
+It knows no queue and no names: adapters are slots of the arena here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from perft.errors import BaseModelError
+from perft.moe import find_moe_blocks
+from perft_serve.adapters.arena import AdapterArena
+from perft_serve.engine.batch import Batch, build_batch
+from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.sampler import sample, token_logprobs, uniform
+from perft_serve.engine.scheduler import Chunk, ChunkResult, Plan
+from perft_serve.engine.seam import KvCache, Seam, install
+
+# these choose rotary frequencies by the longest sequence of a batch, so a request would depend on its neighbours
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class Runner:
+    """A base model that computes steps.
+
+    Args:
+        config: names the model, its dtype and device, and the sizes of KV cache and arena.
+
+    Attributes:
+        arena: the adapters' memory.
+        vocab_size, max_position_embeddings, eos_token_ids: facts about the model.
+        num_pages: pages that the KV cache has to give.
+
+    Raises:
+        BaseModelError: the model cannot be loaded, has no MoE blocks, or does something that batches cannot do.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.device = _device(config.device)
+        self._page_size = config.page_size
+        self._model = _load(config.model, config.dtype, self.device)
+        text_config = self._model.config.get_text_config()
+        _check_rope(text_config)
+        self.vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
+        self.max_position_embeddings = int(getattr(text_config, "max_position_embeddings", 0)) or None
+        self.eos_token_ids = _eos_token_ids(self._model)
+        self.dtype = self._model.dtype
+        self.arena = AdapterArena(find_moe_blocks(self._model), config.adapter_memory, self.dtype, self.device)
+        self._seam = Seam()
+        install(self._model, self.arena, self._seam)
+        shapes = self._kv_shapes(text_config)
+        page_bytes = sum(heads * (key_dim + value_dim) for heads, key_dim, value_dim in shapes.values())
+        page_bytes *= config.page_size * self.dtype.itemsize
+        self.num_pages = config.kv_memory // page_bytes
+        if self.num_pages < 1:
+            raise BaseModelError(
+                f"KV memory of {config.kv_memory:,} bytes does not hold one page of {page_bytes:,} bytes; "
+                "start with a larger --kv-memory"
+            )
+        # without an upper bound a small model would take pages that no batch can fill
+        if self.max_position_embeddings is not None:
+            self.num_pages = min(
+                self.num_pages, -(-self.max_position_embeddings // config.page_size) * config.max_num_seqs
+            )
+        self._cache = KvCache(shapes, self.num_pages, config.page_size, self.dtype, self.device)
+        self._seam.cache = self._cache
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> list[ChunkResult]:
+        """Compute one step; the plan has at least one chunk."""
+        self._cache.clear(plan.new_pages)
+        batch = build_batch(plan, self._page_size, self.device)
+        logits_NV = self._forward(batch)
+        return self._results(plan, logits_NV)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """float32 logits of the batch's `logit_rows`, `[N, V]`."""
+        self._seam.batch = batch
+        # a chunk in the middle of a prompt needs no logits, but the model computes at least one row
+        rows = torch.tensor(batch.logit_rows or (0,), device=self.device)
+        output = self._model(
+            input_ids=batch.tokens_T.unsqueeze(0),
+            position_ids=batch.positions_T.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=rows,
+            perft_seam=self._seam,
+        )
+        return output.logits[0].float()
+
+    def _results(self, plan: Plan, logits_NV: Tensor) -> list[ChunkResult]:
+        scored: list[tuple[Chunk, slice]] = []  # chunks with prompt tokens to score, and their rows
+        sampled: list[tuple[Chunk, int]] = []  # chunks with a token to choose, and its row
+        row = 0
+        for chunk in plan.chunks:
+            if chunk.seq.num_prompt_logprobs_wanted is not None:
+                scored.append((chunk, slice(row, row + chunk.num_tokens)))
+                row += chunk.num_tokens
+            elif chunk.samples:
+                row += 1
+            if chunk.samples:
+                sampled.append((chunk, row - 1))
+        results = {chunk.seq: self._choose(chunk, *chosen) for chunk, *chosen in self._sample(sampled, logits_NV)}
+        prompt_logprobs = {chunk.seq: self._score(chunk, logits_NV[rows]) for chunk, rows in scored}
+        return [
+            ChunkResult(
+                token_id=result.token_id,
+                logprobs=result.logprobs,
+                error=result.error,
+                prompt_logprobs=prompt_logprobs.get(chunk.seq, ()),
+            )
+            for chunk in plan.chunks
+            for result in (results.get(chunk.seq, ChunkResult()),)
+        ]
+
+    def _sample(self, sampled: list[tuple[Chunk, int]], logits_NV: Tensor) -> list[tuple[Chunk, int, bool, Any]]:
+        """(chunk, token, whether its logits are fine, log-probabilities or `None`) of each chunk that gets a token."""
+        if not sampled:
+            return []
+        logits_BV = logits_NV[torch.tensor([row for _, row in sampled], device=self.device)]
+        seqs = [chunk.seq for chunk, _ in sampled]
+        draws = [uniform(seq.seed, seq.request.choice, len(seq.token_ids)) for seq in seqs]
+        tokens, fine = sample(logits_BV, [seq.request.params for seq in seqs], draws)
+        wanted = [i for i, seq in enumerate(seqs) if seq.request.params.logprobs is not None]
+        logprobs: dict[int, Any] = {}
+        if wanted:
+            num_top = [seqs[i].request.params.logprobs or 0 for i in wanted]
+            found = token_logprobs(logits_BV[wanted], [tokens[i] for i in wanted], num_top)
+            logprobs = dict(zip(wanted, found, strict=True))
+        return [(chunk, tokens[i], fine[i], logprobs.get(i)) for i, (chunk, _) in enumerate(sampled)]
+
+    @staticmethod
+    def _choose(chunk: Chunk, token: int, fine: bool, logprobs: Any) -> ChunkResult:
+        if fine:
+            return ChunkResult(token_id=token, logprobs=logprobs)
+        whose = "the base model" if chunk.seq.request.adapter is None else f"adapter {chunk.seq.request.adapter!r}"
+        return ChunkResult(error=f"the logits are not numbers (NaN): {whose} gives no usable output")
+
+    @staticmethod
+    def _score(chunk: Chunk, logits_nV: Tensor) -> tuple[Any, ...]:
+        """Log-probabilities of the prompt tokens that follow the chunk's tokens."""
+        following = chunk.seq.request.prompt_ids[chunk.start + 1 : chunk.end + 1]
+        if not following:
+            return ()
+        num_top = chunk.seq.num_prompt_logprobs_wanted or 0
+        return tuple(token_logprobs(logits_nV[: len(following)], following, [num_top] * len(following)))
+
+    @torch.inference_mode()
+    def _kv_shapes(self, text_config: Any) -> dict[int, tuple[int, int, int]]:
+        """Shapes of keys and values by layer, found out by a forward pass of one token."""
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        try:
+            self._model(input_ids=zero, position_ids=zero, use_cache=False, perft_seam=self._seam)
+        except NotImplementedError as error:
+            raise BaseModelError(str(error)) from error
+        shapes = self._seam.kv_shapes
+        if len(shapes) != text_config.num_hidden_layers:
+            raise BaseModelError(
+                f"{type(self._model).__name__}: {len(shapes)} of its {text_config.num_hidden_layers} layers keep keys and "
+                "values; models with other kinds of layers (linear attention, state space) cannot be served"
+            )
+        return shapes
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not one: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: this torch finds no CUDA device")
+    return device
+
+
+def _load(model: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(model)
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map={"": device}
+        )
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
+    return loaded.eval()
+
+
+def _check_rope(text_config: Any) -> None:
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in [parameters, *nested]:
+        if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE:
+            raise BaseModelError(
+                f"rotary embeddings of type {rope['rope_type']!r} depend on the longest sequence of a batch, so that a "
+                "request's result would depend on its neighbours; such a base cannot be served"
+            )
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    if eos is None:
+        eos = model.config.get_text_config().eos_token_id
+    return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)

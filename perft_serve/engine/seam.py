@@ -1,0 +1,204 @@
+"""Where the base model calls out: its experts modules, wrapped so that each token's own adapter adds its delta, and its
+attention, replaced by attention over KV pages. Both read the step's `Batch` from the one `Seam` they were given when they
+were made. The model itself is Transformers' own, whatever its family.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from perft_kernels.adapter_router import adapter_router
+from perft_kernels.paged_attention import kv_write, paged_attention
+from perft_kernels.routed_units import routed_units
+from perft_serve.adapters.arena import AdapterArena
+from perft_serve.engine.batch import Batch
+
+ATTENTION = "perft_paged"
+# keyword arguments of attention calls that change nothing for a decoder in inference
+_HARMLESS = frozenset(
+    {
+        "dropout",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "is_causal",
+        "position_bias",
+        "return_dict",
+        "logits_to_keep",
+    }
+)
+
+
+class KvCache:
+    """Pages of keys and values, one pair of tensors per layer: `[P + 1, page, G, C]`; page 0 is nobody's.
+
+    Args:
+        shapes: (G, C of keys, C of values) of each layer.
+        num_pages: P.
+        page_size: tokens in a page.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[int, tuple[int, int, int]],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.page_size = page_size
+        self.layers = {
+            layer: (
+                torch.zeros(num_pages + 1, page_size, heads, key_dim, dtype=dtype, device=device),
+                torch.zeros(num_pages + 1, page_size, heads, value_dim, dtype=dtype, device=device),
+            )
+            for layer, (heads, key_dim, value_dim) in shapes.items()
+        }
+
+    def clear(self, pages: tuple[int, ...]) -> None:
+        """Zero pages that change hands: what a former holder left there, NaN included, must not reach the next."""
+        if not pages:
+            return
+        index = torch.tensor(pages, device=next(iter(self.layers.values()))[0].device)
+        for k_pages, v_pages in self.layers.values():
+            k_pages.index_fill_(0, index, 0)
+            v_pages.index_fill_(0, index, 0)
+
+
+class Seam:
+    """What the wrapped modules of one model read during a forward pass; the runner sets `batch` before each.
+
+    Without a KV cache it only notes the shapes of keys and values (`kv_shapes`), which is how they are found out.
+    """
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+        self.cache: KvCache | None = None
+        self.arena: AdapterArena | None = None
+        self.kv_shapes: dict[int, tuple[int, int, int]] = {}
+
+    def attend(
+        self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, scale: float, window: int | None, sinks: Any
+    ) -> Tensor:
+        """Store the new keys and values, then attend; `[T, H, Cv]`."""
+        if self.cache is None:
+            self.kv_shapes[layer] = (k_TGC.shape[1], k_TGC.shape[2], v_TGC.shape[2])
+            return q_THC.new_zeros(*q_THC.shape[:2], v_TGC.shape[2])
+        assert self.batch is not None
+        k_pages, v_pages = self.cache.layers[layer]
+        kv_write(k_TGC, v_TGC, k_pages, v_pages, self.batch.slot_T)
+        return paged_attention(
+            q_THC,
+            k_pages,
+            v_pages,
+            self.batch.pages_BN,
+            self.batch.num_queries,
+            self.batch.context_len,
+            scale=scale,
+            window=window,
+            sinks_H=sinks,
+        )
+
+    def add_delta(self, ordinal: int, y: Tensor, h: Tensor, base_ids_TK: Tensor, base_weights_TK: Tensor) -> Tensor:
+        """The base experts' output plus each token's adapter's delta, in MoE block number `ordinal`."""
+        batch, arena = self.batch, self.arena
+        if batch is None or arena is None or batch.width == 0:
+            return y
+        h_TD = h.view(-1, h.shape[-1])
+        ids_TX, weights_TX = adapter_router(
+            h_TD,
+            base_ids_TK,
+            base_weights_TK,
+            batch.adapter_T,
+            arena.rows_SD,
+            arena.rule_A6,
+            arena.gate_row_LA[ordinal],
+            batch.width,
+        )
+        out_TD = routed_units(
+            y.view(-1, y.shape[-1]),
+            h_TD,
+            ids_TX,
+            weights_TX,
+            arena.rows_SD,
+            arena.rows_SD,
+            arena.down_row_LE[ordinal],
+            arena.up_row_LE[ordinal],
+            arena.rank_LE[ordinal],
+            arena.scale_E,
+            arena.silu_E,
+        )
+        return out_TD.view(y.shape)
+
+
+class ServedExperts(nn.Module):
+    """An experts module with the seam behind it."""
+
+    def __init__(self, base_layer: nn.Module, ordinal: int, seam: Seam) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._ordinal = ordinal
+        self._seam = seam
+
+    def __getattr__(self, name: str) -> Any:
+        # models read settings of their experts module (`num_experts`, ...): they are the base layer's
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, h: Tensor, base_ids_TK: Tensor, base_weights_TK: Tensor) -> Tensor:
+        """As the base layer's, plus the deltas."""
+        y: Tensor = self.base_layer(h, base_ids_TK, base_weights_TK)
+        return self._seam.add_delta(self._ordinal, y, h, base_ids_TK, base_weights_TK)
+
+
+def install(model: PreTrainedModel, arena: AdapterArena, seam: Seam) -> None:
+    """Put the seam behind every MoE block of `model`, and paged attention into all its layers."""
+    seam.arena = arena
+    for ordinal, block in enumerate(arena.blocks):
+        parent_name, _, child_name = block.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, child_name, ServedExperts(getattr(parent, child_name), ordinal, seam))
+    AttentionInterface.register(ATTENTION, _attention)
+    model.set_attn_implementation(ATTENTION)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    perft_seam: Seam | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention call, `[1, H, T, C]` each, handed to the seam that the runner passed to `forward`."""
+    unknown = {name for name, value in kwargs.items() if value is not None} - _HARMLESS
+    if unknown:
+        raise NotImplementedError(
+            f"{type(module).__name__} asks attention for {sorted(unknown)}, which paged attention does not do"
+        )
+    assert perft_seam is not None
+    out_THC = perft_seam.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window,
+        s_aux,
+    )
+    return out_THC.unsqueeze(0), None

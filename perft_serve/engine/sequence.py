@@ -1,0 +1,70 @@
+"""A request while the engine works on it. Plain Python; changed by the scheduler only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from perft_serve.engine.events import EngineRequest, TokenLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request's tokens and how far they have been computed.
+
+    Args:
+        request: what was asked for.
+        seed: of its sampling.
+        adapter_slot: the adapter's slot in the arena, -1 for the base.
+        width: the most adapter experts that one of its tokens takes.
+        max_tokens: the most tokens to generate, settled.
+
+    Attributes:
+        token_ids: the prompt, then what was generated.
+        num_computed: tokens whose keys and values are in the KV cache.
+        pages: the KV pages held, in order.
+    """
+
+    request: EngineRequest
+    seed: int
+    adapter_slot: int
+    width: int
+    max_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    scheduled_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_ids)
+        if self.request.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that are known but not in the KV cache yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_prompt_logprobs_wanted(self) -> int | None:
+        """How many likeliest tokens to report at each prompt position still to come, or `None` if there is none."""
+        if self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt:
+            return None
+        return self.request.params.prompt_logprobs
+
+    def restart(self) -> None:
+        """Forget what is in the KV cache: the pages are somebody else's now, and the tokens are computed again."""
+        self.num_computed = 0
+        self.pages = []
+        if self.num_prompt_logprobs_wanted is not None:
+            self.prompt_logprobs = [None]
