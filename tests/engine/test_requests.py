@@ -1,0 +1,124 @@
+"""What the engine refuses, and how requests end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from driving import request, run
+from served import Served
+
+from perft.errors import AdapterError, BaseModelError
+from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.engine import Engine
+from perft_serve.engine.params import RequestError, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def engine(mixtral: Served) -> Engine:
+    return mixtral.engine()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([], {}, "prompt is empty"),
+        ([1, 128], {}, "128 is not in the vocabulary"),
+        ([-1], {}, "-1 is not in the vocabulary"),
+        ([True], {}, "must be integers"),
+        (["1"], {}, "must be integers"),
+        ([1] * 257, {}, "257 tokens .* at most 256"),
+        ([1] * 256, {"max_tokens": 1}, "256 tokens and 1 are .* at most 256"),
+        ([1] * 256, {"max_tokens": None}, "at least 1"),
+        ([1] * 250, {"max_tokens": 7}, "250 tokens and 7"),
+    ],
+)
+def test_prompts_that_cannot_be_served(engine: Engine, prompt: list[Any], settings: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        engine.submit(request("x", prompt, **settings))
+    assert not engine.has_work()
+
+
+def test_unknown_adapter_and_taken_id(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="no adapter 'nobody'") as caught:
+        engine.submit(request("x", [1], "nobody"))
+    assert caught.value.param == "model"
+    engine.submit(request("x", [1]))
+    with pytest.raises(RequestError, match="in use"):
+        engine.submit(request("x", [1]))
+    engine.abort("x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be between 1"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 10**9 * 3}, "max_tokens"),
+        ({"max_tokens": "3"}, "max_tokens must be an integer"),
+        ({"max_tokens": True}, "max_tokens must be an integer"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature must be a number"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"min_p": 2.0}, "min_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"n": 0}, "n must be"),
+        ({"seed": 2**63}, "seed"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"stop": ("",)}, "non-empty"),
+        ({"stop": 5}, "stop must be a list"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+        ({"ignore_eos": 1}, "ignore_eos must be true or false"),
+    ],
+)
+def test_bad_sampling_parameters(settings: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**settings)
+
+
+def test_ends(engine: Engine) -> None:
+    """At the limit, at a stop token, and with the prompt scored only."""
+    free = run(engine, [request("x", [9, 8, 7], max_tokens=6)])["x"]
+    assert (free.finish_reason, len(free.token_ids)) == ("length", 6)
+    stop = next(t for t in free.token_ids[1:] if t != free.token_ids[0])
+    stopped = run(engine, [request("x", [9, 8, 7], max_tokens=6, stop_token_ids=(stop,))])["x"]
+    assert stopped.finish_reason == "stop"
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+    scored = run(engine, [request("x", [9, 8, 7], max_tokens=0, prompt_logprobs=2)])["x"]
+    assert (scored.finish_reason, scored.token_ids) == ("length", [])
+    assert scored.prompt_logprobs is not None
+    assert [None if p is None else (p.token_id, len(p.top)) for p in scored.prompt_logprobs] == [None, (8, 2), (7, 2)]
+    whole = run(engine, [request("x", [9] * 250, max_tokens=None)])["x"]
+    assert len(whole.token_ids) == 6
+
+
+def test_eos_and_ignore_eos(mixtral: Served) -> None:
+    engine = mixtral.engine()
+    free = run(engine, [request("x", [9, 8, 7], max_tokens=6)])["x"]
+    engine._scheduler._eos_token_ids = frozenset(free.token_ids[:1])
+    ended = run(engine, [request("x", [9, 8, 7], max_tokens=6)])["x"]
+    assert (ended.finish_reason, ended.token_ids) == ("stop", free.token_ids[:1])
+    assert run(engine, [request("x", [9, 8, 7], max_tokens=6, ignore_eos=True)])["x"].token_ids == free.token_ids
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"model": "/nowhere"}, BaseModelError, "cannot load the base model '/nowhere'"),
+        ({"adapters": {"a": "/nowhere"}}, AdapterError, "adapter 'a': no adapter at '/nowhere'"),
+        ({"adapters": {"": "/nowhere"}}, AdapterError, "cannot be an adapter's name"),
+        ({"adapter_dir": "/nowhere"}, AdapterError, "no folder of adapters"),
+        ({"kv_memory": 10}, BaseModelError, "does not hold one page"),
+        ({"adapter_memory": 10}, AdapterError, "does not hold one row"),
+        ({"max_model_len": 100_000}, ValueError, "more than the model's context of 256"),
+        ({"max_model_len": 256, "kv_memory": 1 << 14}, ValueError, "does not fit into the KV cache"),
+        ({"max_num_batched_tokens": 8}, ValueError, "must be at least max_num_seqs"),
+        ({"device": "cuda:0"}, ValueError, "no CUDA device"),
+        ({"device": "abacus"}, ValueError, "use auto, cpu, cuda"),
+    ],
+)
+def test_bad_settings(mixtral: Served, settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Engine(EngineConfig(**{"model": str(mixtral.path), "adapter_memory": 1 << 20, **settings}))
