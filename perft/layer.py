@@ -67,12 +67,13 @@ class UnitTable:
     @classmethod
     def build(cls, config: PerftConfig, num_experts: int, device: torch.device) -> UnitTable:
         """The table of `num_experts` adapter experts of `config.r` rows each, one after the other."""
-        return cls(
-            first_row_E=torch.arange(num_experts, device=device) * config.r,
-            rank_E=torch.full((num_experts,), config.r, device=device),
-            scale_E=torch.full((num_experts,), config.scale, dtype=torch.float32, device=device),
-            silu_E=torch.full((num_experts,), config.unit == "parallel", device=device),
-        )
+        with torch.inference_mode(False):  # it outlives the call, and training may be next
+            return cls(
+                first_row_E=torch.arange(num_experts, device=device) * config.r,
+                rank_E=torch.full((num_experts,), config.r, device=device),
+                scale_E=torch.full((num_experts,), config.scale, dtype=torch.float32, device=device),
+                silu_E=torch.full((num_experts,), config.unit == "parallel", device=device),
+            )
 
 
 class PerftLayer(nn.Module, BaseTunerLayer):
