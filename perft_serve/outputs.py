@@ -1,0 +1,202 @@
+"""The engine's token events into completions: text, stop strings, log-probabilities, finish reasons.
+
+In: the `TokenEvent`s of one sequence. Out: what each adds to the completion (`Delta`), and the results of the offline class.
+The offline class and the server both pass through here. Knows no HTTP, no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perft_serve.engine.events import FinishReason, TokenEvent, TokenLogprobs
+from perft_serve.engine.params import SamplingParams
+from perft_serve.text import Detokenizer, StopStrings, TextTokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompletionOutput:
+    """One completion of a prompt.
+
+    Args:
+        index: which of the `n` completions this is.
+        text: empty if the base has no tokenizer.
+        token_ids: all that were generated, a stop token or the tokens of a stop string included.
+        logprobs: per token, `{token_id: log-probability}` of the token and of the likeliest ones; if asked for.
+        cumulative_logprob: sum over the tokens; if asked for.
+        finish_reason: `stop`, `length`, `abort`, or `error` (`error` says why).
+        stop_reason: the stop string or the stop token's id; `None` after an end-of-sequence token.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[dict[int, float]] | None
+    cumulative_logprob: float | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """A prompt and its completions.
+
+    Args:
+        prompt: as text, if it was given as text or as chat messages in the model's template.
+        prompt_logprobs: if asked for, one entry per prompt token: the first `None`, then
+            `{token_id: log-probability}` of the token and of the likeliest ones.
+        adapter: the adapter that answered; `None` for the base.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, float] | None] | None
+    outputs: list[CompletionOutput]
+    adapter: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """What one event adds to a completion.
+
+    Args:
+        text: text that is certain now; it may lag behind the tokens.
+        token_id: the new token, if the event has one.
+        text_offset: where the token's text starts in the completion, in characters.
+        logprobs: of the new token, if asked for.
+        prompt_logprobs: on the first delta, if asked for.
+        finish_reason: set on the last delta.
+    """
+
+    text: str
+    token_id: int | None
+    text_offset: int
+    logprobs: TokenLogprobs | None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    error: str | None
+
+
+class CompletionStream:
+    """Follows one sequence from its first event to its last, or to a stop string.
+
+    After each `push` the caller looks at `stopped`: a stop string was found, which the engine knows nothing of, so the
+    caller aborts the engine's request and pushes no more events.
+
+    Args:
+        tokenizer: `None`: the completion has no text.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer | None, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        self._detokenizer = (
+            None
+            if tokenizer is None
+            else Detokenizer(tokenizer, prompt_ids, skip_special_tokens=params.skip_special_tokens)
+        )
+        self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        self._include_stop_token = params.include_stop_str_in_output
+        self._num_characters = 0
+        self.num_tokens = 0
+        self.finished = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the completion."""
+        return self._stops.matched is not None
+
+    def push(self, event: TokenEvent) -> Delta:
+        """What the event adds."""
+        assert not self.finished, f"an event of {event.request_id} after its last"
+        text_offset = self._num_characters
+        finish_reason: FinishReason | None = event.finish_reason
+        stop_reason: int | str | None = event.stop_reason
+        text = self._stops.push(self._decode(event))
+        if self._stops.matched is not None:
+            finish_reason, stop_reason = "stop", self._stops.matched
+        elif finish_reason is not None:
+            text += self._stops.flush()
+        self.finished = finish_reason is not None
+        return Delta(
+            text=text,
+            token_id=event.token_id,
+            text_offset=text_offset,
+            logprobs=event.logprobs,
+            prompt_logprobs=event.prompt_logprobs,
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            error=event.error,
+        )
+
+    def _decode(self, event: TokenEvent) -> str:
+        piece = ""
+        if event.token_id is not None:
+            self.num_tokens += 1
+            is_stop_token = event.finish_reason == "stop"
+            if self._detokenizer is not None and (self._include_stop_token or not is_stop_token):
+                piece = self._detokenizer.step(event.token_id)
+        if self._detokenizer is not None and event.finish_reason is not None:
+            piece += self._detokenizer.flush()
+        self._num_characters += len(piece)
+        return piece
+
+
+class CompletionCollector:
+    """Puts a whole completion together, for those who do not stream."""
+
+    def __init__(
+        self, index: int, tokenizer: TextTokenizer | None, prompt_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        self._index = index
+        self._stream = CompletionStream(tokenizer, prompt_ids, params)
+        self._wants_logprobs = params.logprobs is not None
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._last: Delta | None = None
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the completion."""
+        return self._stream.stopped
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to come."""
+        return self._stream.finished
+
+    def push(self, event: TokenEvent) -> None:
+        """Adds what the event brings."""
+        delta = self._stream.push(event)
+        self._texts.append(delta.text)
+        if delta.token_id is not None:
+            self._token_ids.append(delta.token_id)
+        if delta.logprobs is not None:
+            self._logprobs.append(delta.logprobs)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self._last = delta
+
+    def output(self) -> CompletionOutput:
+        """The completion; only when finished."""
+        assert self._last is not None, "no event yet"
+        assert self._last.finish_reason is not None, "not finished"
+        wanted = self._wants_logprobs
+        return CompletionOutput(
+            index=self._index,
+            text="".join(self._texts),
+            token_ids=self._token_ids,
+            logprobs=[logprob_dict(entry) for entry in self._logprobs] if wanted else None,
+            cumulative_logprob=sum(entry.logprob for entry in self._logprobs) if wanted else None,
+            finish_reason=self._last.finish_reason,
+            stop_reason=self._last.stop_reason,
+            error=self._last.error,
+        )
+
+
+def logprob_dict(entry: TokenLogprobs) -> dict[int, float]:
+    """`{token_id: log-probability}` of a position: the likeliest first, the token that is there always among them."""
+    return {**dict(entry.top), entry.token_id: entry.logprob}

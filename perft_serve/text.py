@@ -1,0 +1,268 @@
+"""Text to token ids and back: the base's tokenizer, incremental detokenisation, stop strings.
+
+In: prompts and chat messages; token ids as they are generated. Out: token ids; text that is safe to send. Knows no HTTP,
+no tensors, no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from perft_serve.engine.params import RequestError
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What bytes that are not (yet) a character decode to."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+# A completion's text is decoded together with the prompt's last tokens, so that its first token is not mistaken for the
+# first of a text, where some tokenizers drop a leading space: at least so many, and more if they cut a character.
+_CONTEXT_TOKENS = range(4, 25)
+# A character is at most four tokens; text that has not come to a character's end after this many is not text.
+_MAX_HELD_TOKENS = 64
+_MAX_CACHED_TOKENS = 1 << 16
+
+
+class TextTokenizer:
+    """A base's tokenizer: text to ids, ids to text.
+
+    Encoding and decoding are safe to call from several threads; everything goes straight to the Rust tokenizer, which
+    is never reconfigured.
+
+    Args:
+        tokenizer: a `transformers` tokenizer that is backed by the `tokenizers` library.
+
+    Raises:
+        ValueError: `tokenizer` has no such backend.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(
+                f"tokenizer {type(tokenizer).__name__} is not backed by the tokenizers library: convert it to a tokenizer.json"
+            )
+        self._chat = tokenizer
+        self._backend = backend
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.special_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        anchor = backend.encode("a", add_special_tokens=False).ids
+        self._anchor_ids = anchor[-1:]
+        self._anchor_text = self.decode(self._anchor_ids)
+        self._token_texts: dict[int, str] = {}
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chat messages can be rendered."""
+        return bool(self._chat.chat_template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        Raises:
+            RequestError: `text` cannot be written as UTF-8 (it has a lone surrogate).
+        """
+        check_unicode(text, param="prompt")
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, special tokens included; ids that the tokenizer does not know give nothing."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation in the tokenizer's own template, open for the assistant's answer.
+
+        Raises:
+            RequestError: the tokenizer has no chat template, or the template refuses these messages.
+        """
+        if not self.has_chat_template:
+            raise RequestError("this model's tokenizer has no chat template: use completions instead", param="messages")
+        for message in messages:
+            for value in message.values():
+                check_unicode(value, param="messages")
+        try:
+            text: str = self._chat.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise RequestError(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return self.encode(text, add_special_tokens=False)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token as it stands inside a text: its leading space is kept, a piece of a character is U+FFFD."""
+        text = self._token_texts.get(token_id)
+        if text is None:
+            text = self.decode([*self._anchor_ids, token_id])[len(self._anchor_text) :]
+            if len(self._token_texts) < _MAX_CACHED_TOKENS:
+                self._token_texts[token_id] = text
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """UTF-8 bytes of one token, exact also for a piece of a character."""
+        text = self.token_text(token_id)
+        if REPLACEMENT in text:
+            piece = self._backend.id_to_token(token_id) or ""
+            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):  # byte fallback of SentencePiece
+                return bytes([int(piece[3:5], 16)])
+            if all(letter in _BYTE_OF_LETTER for letter in piece):
+                return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+        return text.encode()
+
+
+def load_tokenizer(model: str) -> TextTokenizer | None:
+    """The tokenizer in a model's folder or Hub repository; `None` for a folder without one (token ids only).
+
+    Raises:
+        OSError: the folder does not exist; a Hub repository has no tokenizer, or cannot be reached.
+        ValueError: the tokenizer is of a kind that the `tokenizers` library cannot run.
+    """
+    folder = Path(model)
+    # AutoTokenizer makes an empty tokenizer of the right class for a folder that holds none.
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    if folder.is_absolute() and not folder.exists():
+        raise FileNotFoundError(f"there is no model at {model}")
+    return TextTokenizer(AutoTokenizer.from_pretrained(model))
+
+
+def check_unicode(text: str, *, param: str) -> None:
+    """Refuses text that cannot be written as UTF-8.
+
+    Raises:
+        RequestError: naming the first offending character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{param} is not valid Unicode: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}",
+            param=param,
+        ) from error
+
+
+class Detokenizer:
+    """Text of a sequence that grows by one token at a time; the pieces add up to the decoding of the whole.
+
+    The text so far may end in U+FFFD, which is either a broken byte or the beginning of a character; it is held back
+    until the next token decides. Decoding goes over a short window of ids, so a token costs the same wherever it comes.
+
+    Args:
+        prompt_ids: what the sequence continues; none of its text is given out.
+        skip_special_tokens: leave special tokens out.
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        # The window: ids whose text is given out already as far as its first `_given` characters. It starts at a
+        # character's border, and the next one will start at `_border`.
+        self._window: list[int] = []
+        text = ""
+        for size in _CONTEXT_TOKENS:
+            self._window = [token_id for token_id in prompt_ids[-size:] if token_id not in self._skipped]
+            text = tokenizer.decode(self._window)
+            if REPLACEMENT not in text or size >= len(prompt_ids):
+                break
+        self._given = len(text.rstrip(REPLACEMENT))
+        self._border = len(self._window) if self._given == len(text) else 0
+
+    def step(self, token_id: int) -> str:
+        """The text that `token_id` makes certain; may be empty."""
+        if token_id in self._skipped:
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        certain = len(text.rstrip(REPLACEMENT))
+        if certain < len(text) and len(self._window) <= _MAX_HELD_TOKENS:
+            given = self._given
+            # Byte fallback turns characters given out already into U+FFFD until the next one is complete.
+            self._given = max(given, certain)
+            return text[given:certain]
+        piece = text[self._given :]
+        self._window = self._window[self._border :] if certain == len(text) else self._window[-1:]
+        self._border = len(self._window)
+        self._given = len(self._tokenizer.decode(self._window))
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD: the sequence has ended inside a character."""
+        piece = self._tokenizer.decode(self._window)[self._given :]
+        self._given += len(piece)
+        return piece
+
+
+class StopStrings:
+    """Looks for stop strings in a text that comes in pieces, whatever the pieces' borders.
+
+    Only what may yet become a stop string is held back. The match that is complete first wins (of two that end
+    together, the longer), so the result does not depend on how the text was cut.
+
+    Args:
+        stops: the strings to look for; may be empty.
+        include: keep the stop string itself in the text.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._include = include
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, piece: str) -> str:
+        """The text that may be given out now. After a match (`matched`) there is no more."""
+        if self.matched is not None:
+            return ""
+        if not self._stops:
+            return piece
+        text = self._held + piece
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            end, start, self.matched = min(found)
+            self._held = ""
+            return text[: end if self._include else start]
+        held = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What was held back: the text has ended without a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, short of all of it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The letters that byte-level BPE writes bytes with (GPT-2's `bytes_to_unicode`), and their bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_alphabet()
