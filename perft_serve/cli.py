@@ -1,0 +1,284 @@
+"""The command `perft-serve`: a server for a base and its adapters, and the demo.
+
+In: arguments, made from the fields of `EngineConfig` and `ServerConfig`. Out: a running server, and an exit status: 0 after a
+signal to stop, 2 with one line that says what is wrong when it cannot start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from rich.console import Console
+
+from perft.demo_base import build_demo_base
+from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.engine import Engine
+from perft_serve.server.app import build_app
+from perft_serve.server.client import EngineClient
+from perft_serve.server.config import ServerConfig
+from perft_serve.server.metrics import Metrics
+from perft_serve.text import load_tokenizer
+
+DEMO_ADAPTERS = Path(__file__).parents[1] / "demo" / "adapters"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(?:i?B)?|B)?", re.IGNORECASE)
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's) and returns the exit status."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        # Some libraries explain themselves over many lines
+        print(f"perft-serve: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="perft-serve", description="PERFT adapters behind the OpenAI API.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"perft-serve {version('perft-serve')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    help_text = "serve a base model and its adapters"
+    serve = commands.add_parser("serve", help=help_text, description=help_text, allow_abbrev=False)
+    _add_options(serve, EngineConfig)
+    _add_options(serve, ServerConfig)
+    serve.set_defaults(run=_serve)
+
+    help_text = "build the demo base if need be, and serve it with the demo adapters"
+    demo = commands.add_parser("demo", help=help_text, description=help_text, allow_abbrev=False)
+    demo.add_argument(
+        "--base-dir", type=Path, default=_cache_dir() / "smolmixtral", help="where the demo base is, or will be built"
+    )
+    _add_options(demo, EngineConfig, leave_out={"model", "adapters"}, defaults={"adapter_dir": str(DEMO_ADAPTERS)})
+    _add_options(demo, ServerConfig, leave_out={"served_model_name"})
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1024", "512M", "4G", "1.5GiB": powers of 1024.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not a size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write bytes, or 512K, 512M, 4G, 1T")
+    return int(float(match[1]) * 1024 ** _POWERS[(match[2] or "").upper()])
+
+
+def parse_adapter(text: str) -> tuple[str, str]:
+    """Name and folder of "name=folder".
+
+    Raises:
+        argparse.ArgumentTypeError: it is not of that form.
+    """
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FOLDER")
+    return name, path
+
+
+def _add_options(
+    parser: argparse.ArgumentParser,
+    config: type,
+    *,
+    leave_out: frozenset[str] | set[str] = frozenset(),
+    defaults: dict[str, Any] | None = None,
+) -> None:
+    """An option for each field of a config dataclass."""
+    hints = get_type_hints(config)
+    group = parser.add_argument_group(config.__name__.removesuffix("Config").lower())
+    for each in fields(config):
+        if each.name in leave_out:
+            continue
+        help_text = each.metadata["help"]
+        if each.name == "adapters":
+            group.add_argument(
+                "--adapter",
+                dest="adapters",
+                type=parse_adapter,
+                action="append",
+                default=[],
+                metavar="NAME=FOLDER",
+                help="An adapter to load at the start; may be given several times.",
+            )
+            continue
+        default = (defaults or {}).get(each.name, each.default)
+        if default is not MISSING and default is not None:
+            help_text += f" Default: {default}."
+        group.add_argument(
+            f"--{each.name.replace('_', '-')}",
+            type=_option_type(each, hints[each.name]),
+            choices=each.metadata.get("choices"),
+            required=default is MISSING,
+            default=None if default is MISSING else default,
+            metavar=None if "choices" in each.metadata else each.name.rpartition("_")[2].upper(),
+            help=help_text.replace("%", "%%"),
+        )
+
+
+def _option_type(each: Field[Any], hint: Any) -> Any:
+    if each.metadata.get("unit") == "bytes":
+        return parse_size
+    if hint in (int, int | None):
+        return int
+    assert hint in (str, str | None), f"no option can be made of field {each.name}: {hint}"
+    return str
+
+
+def _config_of(config: type[Any], args: argparse.Namespace, **given: Any) -> Any:
+    """The config dataclass that the options describe."""
+    values = {each.name: getattr(args, each.name) for each in fields(config) if hasattr(args, each.name)}
+    return config(**{**values, **given})
+
+
+def _serve(args: argparse.Namespace) -> None:
+    adapters: dict[str, str] = {}
+    for name, path in args.adapters:
+        if name in adapters:
+            raise ValueError(f"--adapter names {name!r} twice")
+        adapters[name] = path
+    serve(_config_of(EngineConfig, args, adapters=adapters), _config_of(ServerConfig, args))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    if not Path(args.adapter_dir).is_dir():
+        raise ValueError(
+            f"no demo adapters at {args.adapter_dir}: run this in a checkout of the project, or give --adapter-dir"
+        )
+    console = Console(stderr=True)
+    with console.status(f"Building the demo base in {args.base_dir}, or checking it (under a minute)"):
+        build_demo_base(args.base_dir, experts=4, top_k=2)
+    engine_config = _config_of(EngineConfig, args, model=str(args.base_dir), adapters={})
+    serve(engine_config, _config_of(ServerConfig, args, served_model_name="smolmixtral"), show_example=True)
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig, *, show_example: bool = False) -> None:
+    """Serves until SIGINT or SIGTERM; then requests in flight may finish, up to `config.shutdown_timeout`.
+
+    Args:
+        show_example: print a line to try once the server is up.
+
+    Raises:
+        ValueError: a setting, the base or an adapter cannot be used.
+        OSError: the address cannot be listened on, or the base cannot be read.
+    """
+    # Before the model is loaded, which may take minutes
+    listener = _listen(config.host, config.port)
+    with listener:
+        tokenizer = load_tokenizer(engine_config.model)
+        metrics = Metrics(CollectorRegistry(), max_adapter_labels=config.max_adapter_labels)
+        client = EngineClient(
+            lambda: Engine(engine_config), metrics=metrics, max_open_requests=config.max_open_requests
+        )
+        client.start()
+        metrics.watch_engine(client.stats)
+        try:
+            base_name = config.served_model_name or _base_name(engine_config.model)
+            app = build_app(client, tokenizer, metrics, config, base_name=base_name, version=version("perft-serve"))
+            port = listener.getsockname()[1]
+            names = [info.name for info in client.adapters]
+            server = _Server(
+                uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=config.shutdown_timeout),
+                announcement=_announcement(config.host, port, base_name, names, show_example=show_example),
+            )
+            _run(server, listener)
+        finally:
+            client.close()
+
+
+class _Server(uvicorn.Server):
+    """Prints a few lines once it answers."""
+
+    def __init__(self, config: uvicorn.Config, *, announcement: str) -> None:
+        super().__init__(config)
+        self._announcement = announcement
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._announcement, flush=True)
+
+
+def _run(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Runs until a signal; uvicorn raises it again when done, which is a normal end here."""
+    # uvicorn's own handlers stand while it runs; ours catch what it raises again afterwards.
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, so that nobody else takes it while the model loads."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return listener
+
+
+def _base_name(model: str) -> str:
+    """The base's name in requests: its Hub id, or its folder's name (clients learn no paths)."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def _announcement(host: str, port: int, base_name: str, adapters: Sequence[str], *, show_example: bool) -> str:
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    url = f"http://{reachable}:{port}"
+    lines = [f"Serving {base_name} and {len(adapters)} adapters on {url}"]
+    if show_example:
+        body = {
+            "model": adapters[0] if adapters else base_name,
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "max_tokens": 32,
+            "temperature": 0,
+        }
+        lines += [
+            f"Models: {', '.join([base_name, *adapters])}. Try:",
+            f"curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}",
+        ]
+    return "\n".join(lines)
+
+
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "perft-serve"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""`POST /v1/completions`: prompts in, completions out.
+
+In: a `CompletionRequest`. Out: `Completion`s, whole or in chunks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from fastapi import Request
+from starlette.responses import Response
+
+from perft_serve.engine.events import EngineRequest, TokenLogprobs
+from perft_serve.outputs import Delta
+from perft_serve.server.logprobs import LogprobFormat
+from perft_serve.server.protocol import Completion, CompletionChoice, CompletionRequest, Usage, parse_request
+from perft_serve.server.service import Generation, Prompt, ReplyFormat, Service, StreamMode
+
+
+class CompletionEndpoint:
+    """Answers completion requests."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, request: Request) -> Response:
+        """Completes one prompt or several."""
+        service = self._service
+        arrival = time.monotonic()
+        body = parse_request(CompletionRequest, await service.read_json(request))
+        adapter = service.models.adapter(body.model)
+        given = body.prompts()
+        num_characters = sum(len(prompt) for prompt in given if isinstance(prompt, str))
+        prompts = await service.encode(num_characters, lambda: self._encode(given, body))
+        request_id: str = request.state.request_id
+        numbered: list[tuple[Prompt, Sequence[EngineRequest]]] = []
+        for number, prompt in enumerate(prompts):
+            params = body.params(room=service.inputs.room(prompt.ids))
+            name = f"{request_id}-{number}"
+            requests = service.inputs.engine_requests(name, prompt.ids, params, adapter=adapter, arrival=arrival)
+            numbered.append((prompt, requests))
+        options = body.stream_options
+        mode = StreamMode(
+            stream=bool(body.stream),
+            include_usage=options is not None and bool(options.include_usage),
+            continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        )
+        reply = CompletionFormat(service, body, request_id, prompts)
+        return await service.respond(request, Generation(service.tokenizer, numbered, reply, mode))
+
+    def _encode(self, given: Sequence[str] | Sequence[list[int]], body: CompletionRequest) -> list[Prompt]:
+        special = body.add_special_tokens is not False
+        return [
+            Prompt(
+                ids=self._service.inputs.prompt_ids(prompt, add_special_tokens=special),
+                text=prompt if isinstance(prompt, str) else None,
+            )
+            for prompt in given
+        ]
+
+
+class CompletionFormat(ReplyFormat):
+    """Completions as OpenAI's API writes them."""
+
+    def __init__(self, service: Service, body: CompletionRequest, request_id: str, prompts: Sequence[Prompt]) -> None:
+        self._id = f"cmpl-{request_id}"
+        self._created = int(time.time())
+        self._body = body
+        self._prompts = prompts
+        self._tokenizer = service.tokenizer
+        self._logprobs = LogprobFormat(service.tokenizer, as_token_ids=bool(body.return_tokens_as_token_ids))
+        # A base without a tokenizer has nothing else to say
+        self._wants_ids = bool(body.return_token_ids) or service.tokenizer is None
+        self._started: set[int] = set()
+
+    def chunk(self, index: int, delta: Delta, usage: Usage | None) -> str | None:
+        choice = self._choice(index, [delta], is_first=index not in self._started)
+        self._started.add(index)
+        if not (choice.text or choice.finish_reason or choice.logprobs or (self._wants_ids and choice.token_ids)):
+            return None
+        chunk = self._completion([choice])
+        if usage is not None:
+            chunk.usage = usage
+        return chunk.to_json()
+
+    def usage_chunk(self, usage: Usage) -> str:
+        chunk = self._completion([])
+        chunk.usage = usage
+        return chunk.to_json()
+
+    def whole(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> str:
+        completion = self._completion(
+            [self._choice(index, deltas, is_first=True) for index, deltas in enumerate(choices)]
+        )
+        completion.usage = usage
+        return completion.to_json()
+
+    def _completion(self, choices: list[CompletionChoice]) -> Completion:
+        return Completion(
+            id=self._id, object="text_completion", created=self._created, model=self._body.model, choices=choices
+        )
+
+    def _choice(self, index: int, deltas: Sequence[Delta], *, is_first: bool) -> CompletionChoice:
+        prompt = self._prompts[index // (self._body.n or 1)]
+        echo = self._echo(prompt) if self._body.echo else ""
+        entries: list[tuple[int, TokenLogprobs | None]] = []
+        offsets: list[int] = []
+        if self._body.logprobs is not None:
+            for delta in deltas:
+                if is_first and self._body.echo and delta.prompt_logprobs is not None:
+                    entries += zip(prompt.ids, delta.prompt_logprobs, strict=True)
+                    offsets += self._logprobs.prompt_offsets(prompt.ids, skip_special_tokens=prompt.text is not None)
+                if delta.token_id is not None:
+                    entries.append((delta.token_id, delta.logprobs))
+                    offsets.append(len(echo) + delta.text_offset)
+        choice = CompletionChoice(
+            index=index,
+            text=(echo if is_first else "") + "".join(delta.text for delta in deltas),
+            logprobs=self._logprobs.completion(entries, offsets) if entries else None,
+            finish_reason=deltas[-1].finish_reason,
+            stop_reason=deltas[-1].stop_reason,
+        )
+        if self._wants_ids:
+            choice.token_ids = [delta.token_id for delta in deltas if delta.token_id is not None]
+            if is_first:
+                choice.prompt_token_ids = list(prompt.ids)
+        return choice
+
+    def _echo(self, prompt: Prompt) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        return "" if self._tokenizer is None else self._tokenizer.decode(prompt.ids)

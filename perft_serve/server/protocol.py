@@ -1,0 +1,477 @@
+"""The requests and replies of the OpenAI API as this server speaks it.
+
+In: a request's body, as bytes. Out: a request whose every field has the declared type, or an `ApiError` that names the field.
+Nothing is converted ("3" is not 3, `true` is not 1), nothing unknown is let through, and what OpenAI's or vLLM's clients
+may send but this server cannot do is accepted only when it asks for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails, from_json
+
+from perft_serve.engine.events import FinishReason
+from perft_serve.engine.params import MAX_LOGPROBS, RequestError, SamplingParams
+from perft_serve.server.errors import ApiError
+
+# Fields of OpenAI's and vLLM's APIs that this server does not implement, and the values that ask for nothing.
+_NEUTRAL_IN_BOTH: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "best_of": (None, 1),
+    "cache_salt": (None,),
+    "frequency_penalty": (None, 0),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "kv_transfer_params": (None,),
+    "length_penalty": (None, 1),
+    "logit_bias": (None, {}),
+    "logits_processors": (None, []),
+    "metadata": (None, {}),
+    "min_tokens": (None, 0),
+    "presence_penalty": (None, 0),
+    "priority": (None, 0),
+    "prompt_logprobs": (None,),
+    "repetition_penalty": (None, 1),
+    "response_format": (None, {"type": "text"}),
+    "service_tier": (None, "auto", "default"),
+    "spaces_between_special_tokens": (None, True),
+    "store": (None, False),
+    "structured_outputs": (None,),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
+    "vllm_xargs": (None, {}),
+}
+_NEUTRAL_IN_COMPLETIONS = {**_NEUTRAL_IN_BOTH, "prompt_embeds": (None,), "suffix": (None, "")}
+_NEUTRAL_IN_CHAT = {
+    **_NEUTRAL_IN_BOTH,
+    "add_generation_prompt": (None, True),
+    "add_special_tokens": (None, False),
+    "audio": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
+    "echo": (None, False),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "modalities": (None, ["text"]),
+    "parallel_tool_calls": (None, True, False),  # means nothing without tools
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "tool_choice": (None, "none", "auto"),  # "auto" leaves it to the model, which has no tools
+    "tools": (None, []),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+_NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "name": (None,),
+    "refusal": (None,),
+    "tool_calls": (None, []),
+}
+
+# What to say where pydantic would list every branch of a union.
+_EXPECTED = {
+    "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
+    "stop": "a string or a list of strings",
+    "content": "a string or a list of text parts",
+}
+
+
+class _Request(BaseModel):
+    """A body that is taken as it is written: no conversions, no unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+
+class StreamOptions(_Request):
+    """What a stream carries beside the text."""
+
+    include_usage: bool | None = Field(default=None, description="Send a last chunk with the token counts.")
+    continuous_usage_stats: bool | None = Field(default=None, description="Send the token counts in every chunk.")
+
+
+class _SamplingRequest(_Request):
+    """The fields that both endpoints share."""
+
+    model: str = Field(description="The base's name, or an adapter's.")
+    temperature: float | None = Field(default=None, description="0 is greedy; default 1.")
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    n: int | None = None
+    stop: str | list[str] | None = Field(
+        default=None, description="Strings that end the text; they are left out of it."
+    )
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = Field(default=None, description="Go on after the end-of-sequence token.")
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = Field(default=None, description="Send the token ids of prompt and completions.")
+    return_tokens_as_token_ids: bool | None = Field(
+        default=None,
+        description="Name tokens `token_id:N` in log-probabilities, which tells apart those of equal text.",
+    )
+    user: str | None = Field(default=None, description="Whom the request is for. Has no effect.")
+
+    def check(self) -> None:
+        """What no single field can tell.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is for streams only: set stream to true", param="stream_options")
+
+    def _params(self, **further: Any) -> SamplingParams:
+        """The sampling parameters that were given; the defaults are those of `SamplingParams`."""
+        names = [
+            *("temperature", "top_p", "top_k", "min_p", "seed", "n", "ignore_eos", "stop", "stop_token_ids"),
+            *("include_stop_str_in_output", "skip_special_tokens"),
+        ]
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return SamplingParams(**given, **further)
+
+
+class CompletionRequest(_SamplingRequest):
+    """Body of `POST /v1/completions`."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_COMPLETIONS
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(default=None, description="Default 16; 0 with `echo` only scores the prompt.")
+    logprobs: int | None = Field(
+        default=None, description=f"Log-probabilities of so many of the likeliest tokens, at most {MAX_LOGPROBS}."
+    )
+    echo: bool | None = Field(default=None, description="Put the prompt before the completion.")
+    add_special_tokens: bool | None = Field(
+        default=None, description="Add the tokenizer's special tokens to a text prompt; default true."
+    )
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, also if there is one only."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise RequestError("the prompt is empty: send at least one token", param="prompt")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+    def params(self, *, room: int) -> SamplingParams:
+        """Sampling parameters for a prompt after which the context has room for `room` tokens.
+
+        Raises:
+            RequestError: a value is out of its range.
+        """
+        default = SamplingParams().max_tokens
+        assert default is not None
+        max_tokens = self.max_tokens if self.max_tokens is not None else max(1, min(default, room))
+        scored = self.logprobs if self.echo else None
+        if self.echo and max_tokens == 0 and scored is None:
+            scored = 0  # the engine runs a prompt without generating only to score it
+        return self._params(max_tokens=max_tokens, logprobs=self.logprobs, prompt_logprobs=scored)
+
+
+class TextPart(_Request):
+    """A part of a message's content; there is only text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Request):
+    """One message of a conversation."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_MESSAGES
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def as_dict(self) -> dict[str, str]:
+        """Role and text, as chat templates take them; `developer` is OpenAI's newer word for `system`."""
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatRequest(_SamplingRequest):
+    """Body of `POST /v1/chat/completions`."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_CHAT
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: int | None = Field(default=None, description="Default: as many as the context holds.")
+    max_completion_tokens: int | None = Field(default=None, description="OpenAI's newer name of `max_tokens`.")
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: set it to true", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError(
+                "max_tokens and max_completion_tokens mean the same, but differ: leave one out", param="max_tokens"
+            )
+
+    def params(self) -> SamplingParams:
+        """Sampling parameters.
+
+        Raises:
+            RequestError: a value is out of its range.
+        """
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._params(max_tokens=max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+RequestT = TypeVar("RequestT", CompletionRequest, ChatRequest)
+
+
+def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
+    """A request from a body.
+
+    Raises:
+        ApiError: 400, saying what is wrong and where.
+        RequestError: fields that do not go together.
+    """
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error} (NaN and Infinity are not JSON)") from error
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    value = _without_neutral(value, kind.neutral, "")
+    messages = value.get("messages")
+    if kind is ChatRequest and isinstance(messages, list):
+        value["messages"] = [
+            _without_neutral(message, Message.neutral, f"messages[{position}].")
+            if isinstance(message, dict)
+            else message
+            for position, message in enumerate(messages)
+        ]
+    try:
+        request = kind.model_validate(value)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False, include_context=False)) from error
+    request.check()
+    return request
+
+
+def _without_neutral(value: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str) -> dict[str, Any]:
+    """`value` without the fields that this server does not implement; they must ask for nothing."""
+    kept = {}
+    for name, item in value.items():
+        allowed = neutral.get(name)
+        if allowed is None:
+            kept[name] = item
+        elif not any(item == each and isinstance(item, bool) == isinstance(each, bool) for each in allowed):
+            raise ApiError(400, f"{where}{name} is not supported by this server: leave it out", param=f"{where}{name}")
+    return kept
+
+
+def _refusal(errors: list[ErrorDetails]) -> ApiError:
+    """What pydantic found, said about one field: an unknown one if there is one, else the first."""
+    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    location = first["loc"]
+    expected = None
+    for depth, name in enumerate(location):
+        if isinstance(name, str) and name in _EXPECTED:
+            # The rest of the path goes into a union's branches
+            location, expected = location[: depth + 1], _EXPECTED[name]
+            break
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field {param!r}: this server does not know it, leave it out", param=param)
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is missing", param=param)
+    if expected is not None:
+        return ApiError(400, f"{param} must be {expected}", param=param)
+    message = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return ApiError(400, f"{param} must be {message}, got {_shown(first['input'])}", param=param)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _Reply(BaseModel):
+    """A reply; fields that were not set are left out, so a builder sets all that clients expect, `None` included."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def to_json(self) -> str:
+        """As JSON text."""
+        return self.model_dump_json(exclude_unset=True)
+
+
+class Usage(_Reply):
+    """Token counts of a request: each prompt counts once, however many completions it has."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionLogprobs(_Reply):
+    """Log-probabilities, one entry per token in each list."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(_Reply):
+    """A completion, or what a chunk adds to it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Completion(_Reply):
+    """Reply of `POST /v1/completions`, and a chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(_Reply):
+    """A token that might have been."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token and the likeliest ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Reply):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+
+
+class ChatMessage(_Reply):
+    """An answer, or what a chunk adds to it."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChoice(_Reply):
+    """One answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(_Reply):
+    """Reply of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | None = None
+
+
+class ChatChunkChoice(_Reply):
+    """What a chunk adds to one answer."""
+
+    index: int
+    delta: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    token_ids: list[int] | None = None
+
+
+class ChatChunk(_Reply):
+    """A chunk of a chat stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class AdapterCard(_Reply):
+    """What kind of adapter a model is."""
+
+    variant: str
+    unit: str
+    num_experts: int
+    top_k: int | None
+    r: int
+    num_parameters: int
+    digest: str
+
+
+class ModelCard(_Reply):
+    """A name that requests may have in `model`."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+    adapter: AdapterCard | None = None
+
+
+class ModelList(_Reply):
+    """Reply of `GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class ErrorBody(_Reply):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorReply(_Reply):
+    """Every reply whose status is not 200."""
+
+    error: ErrorBody

@@ -1,0 +1,97 @@
+"""Replies that watch their client: server-sent events, and work that ends when the client hangs up.
+
+In: engine events, and how to write them. Out: ASGI messages. Knows nothing of what the events say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from perft_serve.engine.events import TokenEvent
+from perft_serve.server.client import EventStream
+from perft_serve.server.errors import to_api_error
+
+T = TypeVar("T")
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Does `work` as long as the client is there; the request's body must have been read.
+
+    Raises:
+        ClientDisconnect: the client has hung up; `work` was cancelled, and has cleaned up after itself.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStreamResponse(Response):
+    """Server-sent events made of engine events as they come.
+
+    The engine's requests are submitted when the reply is about to start, so what `submit` raises still gets a status of its
+    own; after that, an error is an event. When the client hangs up, what is open is aborted.
+
+    Args:
+        submit: opens the stream of engine events.
+        write: the JSON texts to send for a list of engine events.
+        close: the JSON texts to send at the end, before `[DONE]`.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        submit: Callable[[], EventStream],
+        write: Callable[[EventStream, Sequence[TokenEvent]], Iterable[str]],
+        close: Callable[[], Iterable[str]],
+    ) -> None:
+        # Proxies that buffer replies are asked not to
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._submit = submit
+        self._write = write
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._submit() as events:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                await until_disconnect(receive, self._send_events(events, send))
+            except ClientDisconnect:
+                return
+
+    async def _send_events(self, events: EventStream, send: Send) -> None:
+        try:
+            async for batch in events:
+                data = _encode(self._write(events, batch))
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            data = _encode(self._close())
+        except Exception as error:  # it becomes an event; what is not a known state of the server is logged there
+            data = _encode([json.dumps(to_api_error(error).envelope())])
+        await send({"type": "http.response.body", "body": data + b"data: [DONE]\n\n", "more_body": False})
+
+
+def _encode(texts: Iterable[str]) -> bytes:
+    return "".join(f"data: {text}\n\n" for text in texts).encode()

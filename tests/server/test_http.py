@@ -1,0 +1,513 @@
+"""The wire itself: shapes of replies and streams, every bad input, hang-ups, limits, and a dying engine."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from running_server import BASE, RunningServer
+
+from perft_serve.server.config import ServerConfig
+from perft_serve.server.protocol import ChatChunk, ChatCompletion, Completion, ErrorReply, ModelCard, ModelList
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def assert_error(reply: httpx.Response, status: int, *words: str, param: str | None = None) -> None:
+    """The reply is an error in the envelope, and says these words."""
+    assert reply.status_code == status, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.headers["x-request-id"]
+    error = ErrorReply.model_validate(reply.json()).error
+    assert error.code == status
+    for word in words:
+        assert word in error.message, error.message
+    assert error.param == param
+
+
+def events_of(text: str) -> list[Any]:
+    """The JSON of each event of a stream, which must end with [DONE]."""
+    assert text.endswith("data: [DONE]\n\n")
+    parts = text.split("\n\n")[:-1]
+    assert all(part.startswith("data: ") for part in parts)
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-1]]
+
+
+class TestCompletions:
+    def test_shape(self, server: RunningServer) -> None:
+        reply = server.post(COMPLETIONS, {"prompt": "hello world", "max_tokens": 5, "temperature": 0})
+        body = reply.json()
+        Completion.model_validate(body, strict=True)
+        assert body["id"] == f"cmpl-{reply.headers['x-request-id']}"
+        assert set(body) == {"id", "object", "created", "model", "choices", "usage"}
+        assert set(body["choices"][0]) == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
+        assert abs(body["created"] - time.time()) < 60
+
+    def test_choices_are_numbered_over_prompts_and_completions(self, server: RunningServer) -> None:
+        one = server.complete(max_tokens=4)
+        body = server.complete(prompt=["hello world", "fox"], n=3, max_tokens=4, return_token_ids=True)
+        assert [choice["index"] for choice in body["choices"]] == list(range(6))
+        prompts = [choice["prompt_token_ids"] for choice in body["choices"]]
+        assert prompts[0] == prompts[1] == prompts[2] != prompts[3] == prompts[5]
+        assert body["choices"][1]["text"] == one["choices"][0]["text"]
+        assert body["usage"]["prompt_tokens"] == len(prompts[0]) + len(prompts[3])
+        assert body["usage"]["completion_tokens"] == 6 * 4
+
+    def test_prompts_as_token_ids(self, server: RunningServer) -> None:
+        text = server.complete(max_tokens=6, return_token_ids=True)
+        ids = text["choices"][0]["prompt_token_ids"]
+        assert server.complete(prompt=ids, max_tokens=6)["choices"][0]["text"] == text["choices"][0]["text"]
+        both = server.complete(prompt=[ids, [5]], max_tokens=6)
+        assert both["choices"][0]["text"] == text["choices"][0]["text"]
+
+    def test_logprobs(self, server: RunningServer) -> None:
+        choice = server.complete(max_tokens=8, logprobs=2, skip_special_tokens=False)["choices"][0]
+        logprobs = choice["logprobs"]
+        assert {len(entries) for entries in logprobs.values()} == {8}
+        for token, logprob, top in zip(
+            *(logprobs[key] for key in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+        ):
+            assert top[token] == logprob == max(top.values())
+        assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+        assert logprobs["text_offset"][0] == 0
+        by_id = server.complete(max_tokens=8, logprobs=2, return_tokens_as_token_ids=True, return_token_ids=True)
+        named = [f"token_id:{token_id}" for token_id in by_id["choices"][0]["token_ids"]]
+        assert by_id["choices"][0]["logprobs"]["tokens"] == named
+        only = server.complete(max_tokens=8, logprobs=0)["choices"][0]["logprobs"]
+        assert all(len(top) == 1 for top in only["top_logprobs"])
+
+    def test_echo_with_logprobs_scores_the_prompt(self, server: RunningServer) -> None:
+        prompt = "the quick brown fox"
+        scored = server.complete(prompt=prompt, echo=True, logprobs=1, max_tokens=0, return_token_ids=True)
+        choice = scored["choices"][0]
+        num_tokens = len(choice["prompt_token_ids"])
+        assert choice["text"] == prompt
+        assert scored["usage"] == {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens}
+        logprobs = choice["logprobs"]
+        assert {len(entries) for entries in logprobs.values()} == {num_tokens}
+        assert "".join(logprobs["tokens"]) == prompt
+        assert logprobs["text_offset"] == [0, *accumulate(len(token) for token in logprobs["tokens"][:-1])]
+        assert logprobs["token_logprobs"][0] is None
+        assert logprobs["top_logprobs"][0] is None
+        assert all(logprob < 0 for logprob in logprobs["token_logprobs"][1:])
+        # What lm-eval sends: one token more, which it drops
+        longer = server.complete(prompt=prompt, echo=True, logprobs=1, max_tokens=1)["choices"][0]
+        assert longer["logprobs"]["token_logprobs"][:-1] == pytest.approx(logprobs["token_logprobs"], abs=1e-5)
+        assert longer["text"].startswith(prompt)
+        assert longer["logprobs"]["text_offset"][-1] == len(prompt)
+
+    def test_echo_only(self, server: RunningServer) -> None:
+        choices = server.complete(prompt=["hello", "fox"], echo=True, max_tokens=0)["choices"]
+        assert [choice["text"] for choice in choices] == ["hello", "fox"]
+        assert choices[0]["logprobs"] is None
+        assert choices[0]["finish_reason"] == "length"
+        streamed = server.post(COMPLETIONS, {"prompt": "hello", "echo": True, "max_tokens": 3, "stream": True})
+        assert events_of(streamed.text)[0]["choices"][0]["text"].startswith("hello")
+
+    def test_stop_strings_whole_and_streamed(self, server: RunningServer) -> None:
+        free = server.complete(max_tokens=30)["choices"][0]["text"]
+        stop = free[5:8]
+        whole = server.complete(max_tokens=30, stop=[stop, "never there"], n=2)
+        for choice in whole["choices"]:
+            assert choice["text"] == free[: free.index(stop)]
+            assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
+        body = {"prompt": "hello world", "temperature": 0, "ignore_eos": True, "max_tokens": 30, "stop": stop}
+        chunks = events_of(server.post(COMPLETIONS, {**body, "stream": True}).text)
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == free[: free.index(stop)]
+        assert chunks[-1]["choices"][0]["stop_reason"] == stop
+        kept = server.complete(max_tokens=30, stop=stop, include_stop_str_in_output=True)
+        assert kept["choices"][0]["text"].endswith(stop)
+
+    def test_stop_token(self, server: RunningServer) -> None:
+        free = server.complete(max_tokens=12, return_token_ids=True)["choices"][0]["token_ids"]
+        choice = server.complete(max_tokens=12, stop_token_ids=[free[3]])["choices"][0]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", free[3])
+
+    def test_a_seed_repeats_and_null_is_the_default(self, server: RunningServer) -> None:
+        texts = [server.complete(temperature=1, seed=3, n=2, max_tokens=12)["choices"] for _ in range(2)]
+        assert texts[0] == texts[1]
+        assert texts[0][0]["text"] != texts[0][1]["text"]
+        assert server.complete(max_tokens=None, stop=None, n=None, logprobs=None)["usage"]["completion_tokens"] == 16
+
+    def test_the_default_length_gives_way_to_the_context(self, server: RunningServer) -> None:
+        assert server.complete(prompt=[5] * 250)["usage"]["completion_tokens"] == 6
+
+    def test_neutral_values_of_what_is_not_supported_are_fine(self, server: RunningServer) -> None:
+        server.complete(
+            max_tokens=2,
+            frequency_penalty=0,
+            presence_penalty=0.0,
+            logit_bias={},
+            suffix=None,
+            best_of=1,
+            user="someone",
+            response_format={"type": "text"},
+        )
+
+
+class TestChat:
+    def test_shape(self, server: RunningServer) -> None:
+        reply = server.post(CHAT, {"messages": MESSAGES, "max_tokens": 5, "n": 2, "tools": [], "tool_choice": "none"})
+        body = reply.json()
+        ChatCompletion.model_validate(body, strict=True)
+        assert body["id"] == f"chatcmpl-{reply.headers['x-request-id']}"
+        assert [choice["index"] for choice in body["choices"]] == [0, 1]
+        assert set(body["choices"][0]) == {"index", "message", "logprobs", "finish_reason", "stop_reason"}
+        assert set(body["choices"][0]["message"]) == {"role", "content"}
+
+    def test_stream_shape(self, server: RunningServer) -> None:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        reply = server.post(CHAT, {"messages": MESSAGES, "max_tokens": 5, "stream": True, "stream_options": options})
+        assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+        chunks = events_of(reply.text)
+        for chunk in chunks:
+            ChatChunk.model_validate(chunk, strict=True)
+        assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert "role" not in chunks[1]["choices"][0]["delta"]
+        assert all("usage" in chunk for chunk in chunks)
+        assert chunks[-1]["choices"] == []
+
+    def test_messages_as_other_clients_send_them_back(self, server: RunningServer) -> None:
+        messages = [
+            {"role": "developer", "content": [{"type": "text", "text": "be"}, {"type": "text", "text": "brief"}]},
+            {"role": "user", "content": "hi", "name": None},
+            {"role": "assistant", "content": "hello", "refusal": None, "tool_calls": None, "annotations": []},
+            {"role": "user", "content": "again"},
+        ]
+        body = server.post(CHAT, {"messages": messages, "max_tokens": 2, "return_token_ids": True}).json()
+        prompt = server.complete(prompt=body["prompt_token_ids"], echo=True, max_tokens=0)["choices"][0]["text"]
+        assert prompt == (
+            "<|im_start|>system\nbe\nbrief<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+            "<|im_start|>assistant\nhello<|im_end|>\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+    def test_without_a_limit_it_runs_to_the_contexts_end(self, server: RunningServer) -> None:
+        body = server.post(CHAT, {"messages": MESSAGES, "ignore_eos": True}).json()
+        assert body["usage"]["total_tokens"] == 256
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], str | None, list[str]]] = [
+    ({"max_tokens": 0}, "max_tokens", ["between 1 and", "got 0"]),
+    ({"max_tokens": -1}, "max_tokens", ["between 1 and", "got -1"]),
+    ({"max_tokens": 10**9}, "max_tokens", ["1000000000", "the context of 256 tokens"]),
+    ({"max_tokens": 10**30}, "max_tokens", ["between 1 and"]),
+    ({"max_tokens": "3"}, "max_tokens", ["integer", '"3"']),
+    ({"max_tokens": True}, "max_tokens", ["integer", "true"]),
+    ({"max_tokens": 3.0}, "max_tokens", ["integer"]),
+    ({"max_tokens": -1, "echo": True}, "max_tokens", ["got -1"]),
+    ({"temperature": -0.1}, "temperature", ["[0, 2]"]),
+    ({"temperature": "hot"}, "temperature", ["number"]),
+    ({"temperature": True}, "temperature", ["number"]),
+    ({"top_p": 0}, "top_p", ["(0, 1]"]),
+    ({"top_k": -5}, "top_k", ["-5"]),
+    ({"min_p": 2}, "min_p", ["[0, 1]"]),
+    ({"n": 0}, "n", ["between 1 and"]),
+    ({"n": 100}, None, ["100 completions", "at most 64"]),
+    ({"seed": 1 << 70}, "seed", ["between"]),
+    ({"logprobs": 21}, "logprobs", ["between 0 and 20"]),
+    ({"logprobs": True}, "logprobs", ["integer"]),
+    ({"stop": [""]}, "stop", ["non-empty"]),
+    ({"stop": 5}, "stop", ["a string or a list of strings"]),
+    ({"stop": ["x"] * 17}, "stop", ["at most 16"]),
+    ({"stop_token_ids": [-1]}, "stop_token_ids", ["between 0 and"]),
+    ({"stream": 1}, "stream", ["boolean"]),
+    ({"stream_options": {"include_usage": True}}, "stream_options", ["set stream to true"]),
+    ({"stream": True, "stream_options": {"foo": 1}}, "stream_options.foo", ["unknown field"]),
+    ({"prompt": ""}, "prompt", ["the prompt is empty"]),
+    ({"prompt": []}, "prompt", ["the prompt is empty"]),
+    ({"prompt": ["hello", ""]}, "prompt", ["the prompt is empty"]),
+    ({"prompt": [[]]}, "prompt", ["the prompt is empty"]),
+    ({"prompt": None}, "prompt", ["a list of token ids"]),
+    ({"prompt": ["hello", 3]}, "prompt", ["a list of token ids"]),
+    ({"prompt": [3, True]}, "prompt", ["a list of token ids"]),
+    ({"prompt": {"text": "hello"}}, "prompt", ["a list of token ids"]),
+    ({"prompt": [3, 10**9]}, "prompt", ["token id 1000000000 at position 1", "not in the vocabulary"]),
+    ({"prompt": [-3]}, "prompt", ["token id -3 at position 0"]),
+    ({"prompt": [5] * 300}, "prompt", ["300 tokens", "the context is 256"]),
+    ({"prompt": "x " * 3000}, "prompt", ["tokens", "the context is 256"]),
+    ({"prompt": ["hello", [5] * 256]}, "prompt", ["a list of token ids"]),
+    ({"prompt": [[5], [5] * 256]}, "prompt", ["256 tokens", "shorten the prompt by 1"]),
+    ({"model": None}, "model", ["string"]),
+    ({"max_token": 3}, "max_token", ["unknown field 'max_token'"]),
+    ({"frequency_penalty": 0.5}, "frequency_penalty", ["not supported"]),
+    ({"presence_penalty": False}, "presence_penalty", ["not supported"]),
+    ({"logit_bias": {"5": 1}}, "logit_bias", ["not supported"]),
+    ({"suffix": "the end"}, "suffix", ["not supported"]),
+    ({"best_of": 2}, "best_of", ["not supported"]),
+    ({"response_format": {"type": "json_object"}}, "response_format", ["not supported"]),
+    ({"use_beam_search": True}, "use_beam_search", ["not supported"]),
+]
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(("fields", "param", "words"), BAD_FIELDS, ids=[str(case[0])[:40] for case in BAD_FIELDS])
+    def test_a_bad_field(
+        self, server: RunningServer, fields: dict[str, Any], param: str | None, words: list[str]
+    ) -> None:
+        assert_error(server.post(COMPLETIONS, {"prompt": "hello", **fields}), 400, *words, param=param)
+
+    @pytest.mark.parametrize(
+        ("fields", "param", "words"),
+        [
+            ({"messages": []}, "messages", ["at least 1"]),
+            ({"messages": "hi"}, "messages", ["list"]),
+            ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role", ["'system'"]),
+            ({"messages": [{"role": "user"}]}, "messages[0].content", ["missing"]),
+            ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", ["text parts"]),
+            ({"messages": [{**MESSAGES[0], "name": "Ann"}]}, "messages[0].name", ["not supported"]),
+            ({"messages": [{**MESSAGES[0], "colour": "red"}]}, "messages[0].colour", ["unknown field"]),
+            ({"messages": [{"role": "assistant", "content": "hi"}]}, "messages", ["the user speaks first"]),
+            ({"messages": [{"role": "user", "content": "x " * 3000}]}, "prompt", ["the context is 256"]),
+            ({"max_tokens": 0}, "max_tokens", ["between 1 and"]),
+            ({"max_completion_tokens": 10**9}, "max_tokens", ["the context of 256 tokens"]),
+            ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", ["differ"]),
+            ({"top_logprobs": 3}, "top_logprobs", ["set it to true"]),
+            ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", ["20"]),
+            ({"logprobs": 3}, "logprobs", ["boolean"]),
+            ({"tools": [{"type": "function"}]}, "tools", ["not supported"]),
+            ({"tool_choice": "required"}, "tool_choice", ["not supported"]),
+            ({"chat_template": "{{ 1 }}"}, "chat_template", ["not supported"]),
+            ({"prompt": "hello"}, "prompt", ["unknown field"]),
+        ],
+    )
+    def test_a_bad_field_in_chat(
+        self, server: RunningServer, fields: dict[str, Any], param: str | None, words: list[str]
+    ) -> None:
+        assert_error(server.post(CHAT, {"messages": MESSAGES, **fields}), 400, *words, param=param)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b'{"model": "tiny-mixtral", "prompt": "hello", "temperature": NaN}',
+            b'{"model": "tiny-mixtral", "prompt": "hello", "temperature": Infinity}',
+            b'{"model": "tiny-mixtral", "prompt": "hello", "temperature": -Infinity}',
+            b'{"model": "tiny-mixtral", "prompt": "hello \\ud800"}',
+            b'{"model": "tiny-mixtral", "prompt": "hello \xff"}',
+            b'{"model": "tiny-mixtral", "prompt": "hello"',
+            b"",
+            b"hello",
+            b"[" * 60_000,
+            b'{"max_tokens": ' + b"9" * 10_000 + b"}",
+        ],
+    )
+    def test_what_is_not_json(self, server: RunningServer, body: bytes) -> None:
+        reply = server.http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
+        assert_error(reply, 400, "not valid JSON")
+
+    def test_a_number_too_large_for_a_float(self, server: RunningServer) -> None:
+        body = b'{"model": "tiny-mixtral", "prompt": "hello", "temperature": 1e999}'
+        reply = server.http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
+        assert_error(reply, 400, "temperature must be in [0, 2], got inf", param="temperature")
+
+    @pytest.mark.parametrize("body", [b"[]", b"3", b'"hello"', b"null"])
+    def test_json_that_is_not_an_object(self, server: RunningServer, body: bytes) -> None:
+        reply = server.http.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
+        assert_error(reply, 400, "must be a JSON object")
+
+    def test_missing_fields(self, server: RunningServer) -> None:
+        assert_error(server.http.post(COMPLETIONS, json={"prompt": "hello"}), 400, "model is missing", param="model")
+        assert_error(server.post(COMPLETIONS, {}), 400, "prompt is missing", param="prompt")
+        assert_error(server.post(CHAT, {}), 400, "messages is missing", param="messages")
+
+    def test_an_unknown_model(self, server: RunningServer) -> None:
+        for path, body in ((COMPLETIONS, {"prompt": "hello"}), (CHAT, {"messages": MESSAGES})):
+            for model in ("nobody", "", "../tiny-mixtral", "<base>"):
+                assert_error(server.post(path, {**body, "model": model}), 404, "does not exist", param="model")
+        assert_error(server.http.get("/v1/models/no/body"), 404, "'no/body'", param="model")
+
+    def test_bodies_that_are_too_long(self, server: RunningServer) -> None:
+        content = b'{"prompt": "' + b"x" * (64 << 10) + b'"}'
+        headers = {"content-type": "application/json"}
+        assert_error(server.http.post(COMPLETIONS, content=content, headers=headers), 413, "65536 bytes")
+
+        def in_parts() -> Any:  # without a content-length
+            for start in range(0, len(content), 1000):
+                yield content[start : start + 1000]
+
+        assert_error(server.http.post(COMPLETIONS, content=in_parts(), headers=headers), 413, "65536 bytes")
+
+    def test_wrong_paths_methods_and_types(self, server: RunningServer) -> None:
+        assert_error(server.http.get("/v1/nothing"), 404)
+        assert_error(server.http.post(COMPLETIONS + "/", json={}), 404)
+        wrong_method = server.http.get(COMPLETIONS)
+        assert_error(wrong_method, 405)
+        assert wrong_method.headers["allow"] == "POST"
+        assert_error(server.http.post("/health"), 405)
+        body = json.dumps({"model": BASE, "prompt": "hello"})
+        assert_error(server.http.post(COMPLETIONS, content=body), 415, "application/json")
+        plain = {"content-type": "text/plain"}
+        assert_error(server.http.post(COMPLETIONS, content=body, headers=plain), 415, "'text/plain'")
+
+    def test_the_clients_own_request_id_is_not_taken(self, server: RunningServer) -> None:
+        reply = server.http.get("/health", headers={"x-request-id": "mine"})
+        assert reply.headers["x-request-id"] != "mine"
+
+
+class TestHangUps:
+    def test_while_waiting_for_a_whole_reply(self, server: RunningServer) -> None:
+        server.engine.pace = 0.02
+        body = json.dumps({"model": "dense", "prompt": "hello", "max_tokens": 200, "n": 2, "ignore_eos": True}).encode()
+        with socket.create_connection(server.address) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b"content-length: %d\r\n\r\n%b" % (len(body), body)
+            )
+            server.wait_until(lambda stats: stats.num_running == 2)
+        steps = server.client.stats().num_steps
+        server.wait_until_idle()
+        assert server.client.stats().num_steps < steps + 100, "it ran to its end"
+
+    def test_while_sending_the_body(self, server: RunningServer) -> None:
+        with socket.create_connection(server.address) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                b'content-length: 100\r\n\r\n{"model"'
+            )
+        assert server.complete(max_tokens=1)["usage"]["completion_tokens"] == 1
+
+
+class TestLimits:
+    def test_too_many_open_requests(self, start_server: Callable[..., RunningServer]) -> None:
+        server = start_server(ServerConfig(max_open_requests=2))
+        server.engine.pace = 0.02
+        body = {"model": BASE, "prompt": "hello", "max_tokens": 200, "n": 2, "stream": True, "ignore_eos": True}
+        with server.http.stream("POST", COMPLETIONS, json=body) as first:
+            lines = first.iter_lines()
+            next(lines)
+            for stream in (False, True):
+                refused = server.post(COMPLETIONS, {"prompt": "hello", "stream": stream})
+                assert_error(refused, 503, "try again later")
+                assert refused.headers["retry-after"]
+        server.wait_until_idle()
+        server.complete(max_tokens=1)
+
+    def test_a_stopped_reader_is_given_up(
+        self, start_server: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("perft_serve.server.client.MAX_PENDING_EVENTS", 8)
+        # The reader's socket and the server's must fill up before the reader is behind
+        monkeypatch.setattr(
+            "perft_serve.server.completions.CompletionFormat.chunk", lambda *_: '"' + "x" * 2_000_000 + '"'
+        )
+        server = start_server()
+        server.engine.pace = 0.005
+        body = {"model": BASE, "prompt": "hello", "max_tokens": 250, "stream": True, "ignore_eos": True}
+        with server.http.stream("POST", COMPLETIONS, json=body) as reply:
+            server.wait_until(lambda stats: stats.num_running == 1)
+            server.wait_until_idle()
+            assert server.client.stats().num_steps < 200, "it ran to its end"
+            # Others are served meanwhile
+            assert server.http.get("/health").status_code == 200
+            text = reply.read().decode()
+        assert "tokens behind" in events_of(text)[-1]["error"]["message"]
+
+
+class TestDeath:
+    def test_a_failing_engine_fails_its_requests_and_the_health_check(
+        self, start_server: Callable[..., RunningServer], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        server = start_server()
+        server.engine.pace = 0.02
+        body = {"model": BASE, "prompt": "hello", "max_tokens": 200, "stream": True, "ignore_eos": True}
+        with server.http.stream("POST", COMPLETIONS, json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            server.engine.failure = RuntimeError("the device is gone")
+            events = events_of("\n\n".join(line for line in lines if line) + "\n\n")
+        assert events[-1]["error"]["code"] == 503
+        assert "the device is gone" in events[-1]["error"]["message"]
+        assert_error(server.http.get("/health"), 503, "the device is gone")
+        assert_error(server.post(COMPLETIONS, {"prompt": "hello"}), 503, "the device is gone")
+        assert server.http.get("/metrics").status_code == 200
+        assert "the engine has failed" in caplog.text
+
+    def test_a_request_that_the_engine_refuses_fails_alone(
+        self, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        submit = server.engine.submit
+
+        def refuse_one(request: Any) -> None:
+            if request.prompt_ids == (5, 5, 5):
+                raise KeyError("a bug")
+            submit(request)
+
+        monkeypatch.setattr(server.engine, "submit", refuse_one)
+        assert_error(server.post(COMPLETIONS, {"prompt": [[7], [5, 5, 5]]}), 500, "internal error")
+        events = events_of(server.post(COMPLETIONS, {"prompt": [5, 5, 5], "stream": True}).text)
+        assert events[-1]["error"]["code"] == 500
+
+    def test_a_request_that_fails_inside_the_engine(
+        self, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        step = server.engine.step
+
+        def failing() -> Any:
+            events = step()
+            for event in events:
+                server.engine.abort(event.request_id)
+            return [replace(event, token_id=None, finish_reason="error", error="not a number") for event in events]
+
+        monkeypatch.setattr(server.engine, "step", failing)
+        assert_error(server.post(COMPLETIONS, {"prompt": "hello"}), 500, "not a number")
+
+    def test_a_bug_in_a_handler_becomes_a_reply(
+        self, server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("perft_serve.server.completions.parse_request", lambda *_: 1 // 0)
+        assert_error(server.post(COMPLETIONS, {"prompt": "hello"}), 500, "internal error")
+        assert "ZeroDivisionError" in caplog.text
+
+
+class TestOthers:
+    def test_models(self, server: RunningServer) -> None:
+        models = server.http.get("/v1/models").json()
+        ModelList.model_validate(models, strict=True)
+        for model in models["data"]:
+            card = server.http.get(f"/v1/models/{model['id']}").json()
+            ModelCard.model_validate(card, strict=True)
+            assert card == model
+            assert card["max_model_len"] == 256
+        assert "/" not in json.dumps(models), "a path of the server"
+
+    def test_version_and_documentation(self, server: RunningServer) -> None:
+        assert server.http.get("/version").json() == {"version": "0.0.0"}
+        schema = server.http.get("/openapi.json").json()
+        body = schema["paths"][COMPLETIONS]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        name = body["$ref"].rpartition("/")[2]
+        assert "max_tokens" in schema["components"]["schemas"][name]["properties"]
+        references = set(_references(schema))
+        assert references <= {f"#/components/schemas/{name}" for name in schema["components"]["schemas"]}
+
+    def test_a_base_without_tokenizer(
+        self, start_server: Callable[..., RunningServer], tiny_base_without_tokenizer: Path
+    ) -> None:
+        server = start_server(model=str(tiny_base_without_tokenizer))
+        choice = server.complete(prompt=[5, 6, 7], max_tokens=4, logprobs=1)["choices"][0]
+        assert choice["text"] == ""
+        assert choice["prompt_token_ids"] == [5, 6, 7]
+        assert choice["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in choice["token_ids"]]
+        body = {"prompt": [5, 6, 7], "max_tokens": 4, "stream": True, "ignore_eos": True}
+        chunks = events_of(server.post(COMPLETIONS, body).text)
+        assert sum(len(chunk["choices"][0]["token_ids"]) for chunk in chunks) == 4
+        assert_error(server.post(COMPLETIONS, {"prompt": "hello"}), 400, "no tokenizer", param="prompt")
+        assert_error(server.post(COMPLETIONS, {"prompt": [5], "stop": "x"}), 400, "stop_token_ids", param="stop")
+        assert_error(server.post(CHAT, {"messages": MESSAGES}), 400, "no tokenizer", param="messages")
+
+
+def _references(schema: Any) -> Any:
+    if isinstance(schema, dict):
+        if isinstance(reference := schema.get("$ref"), str):
+            yield reference
+        schema = list(schema.values())
+    if isinstance(schema, list):
+        for item in schema:
+            yield from _references(item)
