@@ -6,6 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
+DEMO_BASE := .cache/smolmixtral
 
 # The demo, the tests and the benchmark need no model hub; a try to reach one is a mistake.
 export HF_HUB_OFFLINE = 1
@@ -29,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED) ## Make the environment (.venv) with everything in it.
 
 demo: $(INSTALLED) ## Build the demo base, serve it with the demo adapters, and print a curl line to try.
-	$(BIN)/perft-serve demo
+	$(BIN)/perft-serve demo --base-dir $(DEMO_BASE)
 
 test: $(INSTALLED) ## Run the tests (options for pytest: PYTEST_ARGS="-k house -x").
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -42,6 +43,12 @@ check: $(INSTALLED) ## Formatting, lint and types: everything that CI checks bes
 format: $(INSTALLED) ## Reformat the code and mend what ruff can mend.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+demo-adapters: $(INSTALLED) ## Train the demo adapters anew from demo/recipes, and measure what they change.
+	$(BIN)/perft demo-base $(DEMO_BASE)
+	$(BIN)/python demo/make_data.py
+	set -e; for recipe in demo/recipes/*.yaml; do $(BIN)/perft train --config $$recipe --overwrite; done
+	$(BIN)/python demo/evaluate.py --model $(DEMO_BASE)
 
 bench: $(INSTALLED) ## Measure mixed adapters against the base alone and against Transformers + PEFT.
 	$(BIN)/python bench/serving.py $(BENCH_ARGS)

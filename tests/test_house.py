@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("perft",),
     ("perft_serve.adapters",),
     ("perft_serve.engine",),
-    ("perft_serve.text", "perft_serve.llm"),
+    ("perft_serve.text", "perft_serve.inputs", "perft_serve.outputs", "perft_serve.llm"),
     ("perft_serve.server",),
     ("perft_serve",),
 )
@@ -49,7 +49,7 @@ UNKNOWN_TO: dict[str, set[str]] = {
 
 # The engine's planning: plain Python, so that it is tested in milliseconds. Here what is imported counts as well.
 PLANNING = tuple(
-    f"perft_serve.engine.{name}" for name in ("params", "events", "request", "pages", "scheduler", "config")
+    f"perft_serve.engine.{name}" for name in ("params", "events", "sequence", "pages", "scheduler", "config")
 )
 
 
