@@ -32,21 +32,28 @@ def row_scores(
         For each distinct count n: the pairs `sel_p` (ascending) that have it, and their scores, float32 `[p, n]`,
         computed in float32 from rows and activations as they are.
     """
-    for count in torch.unique(count_P).tolist():
-        sel_p = (count_P == count).nonzero().squeeze(1)
-        yield sel_p, _scores_of_one_size(x_TD, token_P[sel_p], pool_SD, first_row_P[sel_p], count)
+    counts = torch.unique(count_P).tolist()
+    for count in counts:
+        sel_p = torch.arange(count_P.numel(), device=count_P.device)
+        if len(counts) > 1:
+            sel_p = (count_P == count).nonzero().squeeze(1)
+        yield sel_p, block_scores(x_TD, token_P[sel_p], pool_SD, first_row_P[sel_p], count)
 
 
-def _scores_of_one_size(x_TD: Tensor, token_P: Tensor, pool_SD: Tensor, first_row_P: Tensor, count: int) -> Tensor:
+def block_scores(x_TD: Tensor, token_P: Tensor, pool_SD: Tensor, first_row_P: Tensor, count: int) -> Tensor:
+    """`row_scores` of pairs whose blocks all have `count` rows: float32 `[P, count]`."""
     num_pairs = token_P.numel()
     if num_pairs < _MIN_GEMM_TOKENS:
         return _gathered(x_TD, token_P, pool_SD, first_row_P, count)
-    order_P = torch.argsort(first_row_P, stable=True)
-    blocks_G, sizes_G = torch.unique_consecutive(first_row_P[order_P], return_counts=True)
+    sorted_P, order_P = first_row_P.sort(stable=True)
+    blocks_G, sizes_G = torch.unique_consecutive(sorted_P, return_counts=True)
+    sizes = sizes_G.tolist()
+    if max(sizes) < _MIN_GEMM_TOKENS:
+        return _gathered(x_TD, token_P, pool_SD, first_row_P, count)
     scores_Pn = torch.empty(num_pairs, count, dtype=torch.float32, device=x_TD.device)
     cold: list[Tensor] = []
     start = 0
-    for first_row, size in zip(blocks_G.tolist(), sizes_G.tolist(), strict=True):
+    for first_row, size in zip(blocks_G.tolist(), sizes, strict=True):
         pairs = order_P[start : start + size]
         start += size
         if size < _MIN_GEMM_TOKENS:
