@@ -78,11 +78,7 @@ class InputProcessor:
         room = self.room(prompt_ids)
         needed = 0 if params.max_tokens == 0 else 1
         if room < needed:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, but the context is {self.max_model_len} tokens, prompt and "
-                f"completion together: shorten the prompt by {needed - room} or more",
-                param="prompt",
-            )
+            raise self._too_long(len(prompt_ids), by=needed - room)
         if params.max_tokens is not None and params.max_tokens > room:
             raise RequestError(
                 f"max_tokens is {params.max_tokens}, but the context of {self.max_model_len} tokens has room for {room} after "
@@ -106,6 +102,8 @@ class InputProcessor:
     def _check_ids(self, ids: tuple[int, ...]) -> None:
         if not ids:
             raise RequestError("the prompt is empty: send at least one token", param="prompt")
+        if len(ids) > self.max_model_len:  # before looking at each of what may be millions
+            raise self._too_long(len(ids), by=len(ids) - self.max_model_len)
         for position, token_id in enumerate(ids):
             if type(token_id) is not int:
                 raise RequestError(
@@ -117,3 +115,10 @@ class InputProcessor:
                     f"to {self.vocab_size - 1}",
                     param="prompt",
                 )
+
+    def _too_long(self, num_tokens: int, *, by: int) -> RequestError:
+        return RequestError(
+            f"the prompt has {num_tokens} tokens, but the context is {self.max_model_len} tokens, prompt and completion "
+            f"together: shorten the prompt by {by} or more",
+            param="prompt",
+        )

@@ -181,10 +181,7 @@ class EngineClient:
         self._loop = asyncio.get_running_loop()
         if self._error is not None:
             raise EngineDeadError(f"the engine has stopped: {self._error}")
-        if len(requests) > self._max_open_requests:
-            raise RequestError(
-                f"{len(requests)} completions asked for at once, but this server runs at most {self._max_open_requests}"
-            )
+        self.check_number(len(requests))
         if len(self._streams) + len(requests) > self._max_open_requests:
             raise EngineBusyError(f"{len(self._streams)} completions are running or waiting: try again later")
         stream = EventStream(self, {request.request_id: self._metrics.track(request) for request in requests})
@@ -193,6 +190,17 @@ class EngineClient:
             self._streams[request.request_id] = stream
         self._post(requests)
         return stream
+
+    def check_number(self, num_requests: int) -> None:
+        """Refuses what `submit` would refuse at any time; to be asked before work is put into so many requests.
+
+        Raises:
+            RequestError: these are more than may ever be open at a time.
+        """
+        if num_requests > self._max_open_requests:
+            raise RequestError(
+                f"{num_requests} completions asked for at once, but this server runs at most {self._max_open_requests}"
+            )
 
     def _abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -275,7 +283,7 @@ class EngineClient:
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:  # the loop is closed: the server has ended, and nobody waits for events
-            logger.info("events of the engine are dropped: the event loop is closed")
+            logger.debug("the engine's last words are dropped: the event loop is closed")
 
 
 def _obey(engine: Engine, commands: Sequence[EngineRequest | str]) -> dict[str, Exception]:

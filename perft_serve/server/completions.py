@@ -31,6 +31,7 @@ class CompletionEndpoint:
         body = parse_request(CompletionRequest, await service.read_json(request))
         adapter = service.models.adapter(body.model)
         given = body.prompts()
+        service.client.check_number(len(given) * (body.n or 1))
         num_characters = sum(len(prompt) for prompt in given if isinstance(prompt, str))
         prompts = await service.encode(num_characters, lambda: self._encode(given, body))
         request_id: str = request.state.request_id

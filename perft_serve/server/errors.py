@@ -49,15 +49,20 @@ class ApiError(Exception):
 
     def envelope(self) -> dict[str, Any]:
         """The reply's body."""
-        # A message may quote what the client sent, lone surrogates included, which have no UTF-8.
-        message = self.message.encode("utf-8", "backslashreplace").decode()
-        param = None if self.param is None else self.param.encode("utf-8", "backslashreplace").decode()
+        message = _presentable(self.message, at_most=2000)
+        param = None if self.param is None else _presentable(self.param, at_most=200)
         kind = _TYPES.get(self.status, "BadRequestError" if self.status < 500 else "InternalServerError")
         return {"error": {"message": message, "type": kind, "param": param, "code": self.status}}
 
     def response(self) -> JSONResponse:
         """The reply."""
         return JSONResponse(self.envelope(), status_code=self.status, headers=self.headers)
+
+
+def _presentable(text: str, *, at_most: int) -> str:
+    """`text`, which may quote anything that the client sent: megabytes, and lone surrogates, which have no UTF-8."""
+    shown = text if len(text) <= at_most else text[:at_most] + "..."
+    return shown.encode("utf-8", "backslashreplace").decode()
 
 
 def to_api_error(error: Exception) -> ApiError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from perft_serve.engine.events import FinishReason
@@ -86,6 +86,17 @@ _EXPECTED = {
 }
 
 
+class _FirstErrorOnly(FailFast):
+    """Pydantic's `FailFast`, as unions can hold it. One bad item is enough: millions of errors would cost gigabytes."""
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+ItemT = TypeVar("ItemT")
+_List = Annotated[list[ItemT], _FirstErrorOnly()]
+
+
 class _Request(BaseModel):
     """A body that is taken as it is written: no conversions, no unknown fields."""
 
@@ -110,10 +121,10 @@ class _SamplingRequest(_Request):
     min_p: float | None = None
     seed: int | None = None
     n: int | None = None
-    stop: str | list[str] | None = Field(
+    stop: str | _List[str] | None = Field(
         default=None, description="Strings that end the text; they are left out of it."
     )
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: _List[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = Field(default=None, description="Go on after the end-of-sequence token.")
     skip_special_tokens: bool | None = None
@@ -150,7 +161,7 @@ class CompletionRequest(_SamplingRequest):
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_COMPLETIONS
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | _List[str] | _List[int] | _List[_List[int]]
     max_tokens: int | None = Field(default=None, description="Default 16; 0 with `echo` only scores the prompt.")
     logprobs: int | None = Field(
         default=None, description=f"Log-probabilities of so many of the likeliest tokens, at most {MAX_LOGPROBS}."
@@ -198,7 +209,7 @@ class Message(_Request):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_MESSAGES
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | _List[TextPart]
 
     def as_dict(self) -> dict[str, str]:
         """Role and text, as chat templates take them; `developer` is OpenAI's newer word for `system`."""
@@ -211,7 +222,7 @@ class ChatRequest(_SamplingRequest):
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_CHAT
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[_List[Message], Field(min_length=1)]
     max_tokens: int | None = Field(default=None, description="Default: as many as the context holds.")
     max_completion_tokens: int | None = Field(default=None, description="OpenAI's newer name of `max_tokens`.")
     logprobs: bool | None = None

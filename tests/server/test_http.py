@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import httpx
 import pytest
@@ -22,7 +23,7 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
-def assert_error(reply: httpx.Response, status: int, *words: str, param: str | None = None) -> None:
+def assert_error(reply: httpx.Response, status: int, *words: str, param: Any = None) -> None:
     """The reply is an error in the envelope, and says these words."""
     assert reply.status_code == status, reply.text
     assert reply.headers["content-type"] == "application/json"
@@ -334,6 +335,23 @@ class TestBadInput:
                 yield content[start : start + 1000]
 
         assert_error(server.http.post(COMPLETIONS, content=in_parts(), headers=headers), 413, "65536 bytes")
+
+    def test_many_bad_items_are_one_error(self, start_server: Callable[..., RunningServer]) -> None:
+        server = start_server(ServerConfig(max_open_requests=64))
+        headers = {"content-type": "application/json"}
+        for prompt, words in (
+            ([5] * 2_000_000, "2000000 tokens"),
+            ([[5]] * 500_000, "500000 completions"),
+            ([0.5] * 1_000_000, "a list of token ids"),
+            (["x"] * 500_000 + [5], "a list of token ids"),
+        ):
+            body = json.dumps({"model": BASE, "prompt": prompt})
+            start = time.monotonic()
+            assert_error(server.http.post(COMPLETIONS, content=body, headers=headers), 400, words, param=ANY)
+            assert time.monotonic() - start < 5
+        reply = server.post(COMPLETIONS, {"prompt": "hello", "x" * 1_000_000: 1})
+        assert_error(reply, 400, "unknown field", param=ANY)
+        assert len(reply.content) < 4000
 
     def test_wrong_paths_methods_and_types(self, server: RunningServer) -> None:
         assert_error(server.http.get("/v1/nothing"), 404)

@@ -156,11 +156,11 @@ def test_many_at_once_on_different_adapters(server: RunningServer, tiny_adapters
             async def ask(model: str, prompt: str, stream: bool) -> str:
                 if not stream:
                     whole = await client.completions.create(
-                        model=model, prompt=prompt, max_tokens=24, temperature=0, extra_body=FREE_RUNNING
+                        model=model, prompt=prompt, max_tokens=12, temperature=0, extra_body=FREE_RUNNING
                     )
                     return whole.choices[0].text
                 chunks = await client.completions.create(
-                    model=model, prompt=prompt, max_tokens=24, temperature=0, extra_body=FREE_RUNNING, stream=True
+                    model=model, prompt=prompt, max_tokens=12, temperature=0, extra_body=FREE_RUNNING, stream=True
                 )
                 return "".join([chunk.choices[0].text async for chunk in chunks])
 
