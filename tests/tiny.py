@@ -8,16 +8,17 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV3Config,
     GptOssConfig,
     GraniteMoeConfig,
     MixtralConfig,
     OlmoeConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from perft import PerftConfig
 from perft.adapter import LayerTensors, write_adapter
@@ -63,9 +64,7 @@ def _configs() -> dict[str, PreTrainedConfig]:
             qk_nope_head_dim=8,
             v_head_dim=12,
         ),
-        "gpt_oss": GptOssConfig(
-            **_COMMON, intermediate_size=24, num_local_experts=4, head_dim=16, sliding_window=8
-        ),
+        "gpt_oss": GptOssConfig(**_COMMON, intermediate_size=24, num_local_experts=4, head_dim=16, sliding_window=8),
         "granitemoe": GraniteMoeConfig(**_COMMON, intermediate_size=24, num_local_experts=4),
     }
 

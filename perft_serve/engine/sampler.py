@@ -36,38 +36,51 @@ def sample(logits_BV: Tensor, params: Sequence[SamplingParams], draws: Sequence[
     best_B, tokens_B = logits_BV.max(dim=-1)
     fine = (~best_B.isnan()).tolist()
     tokens: list[int] = tokens_B.tolist()
-    rows = [i for i, p in enumerate(params) if not p.greedy and fine[i]]
-    if rows:
-        chosen = _sample_rows(logits_BV[rows], [params[i] for i in rows], [draws[i] for i in rows])
-        for i, token in zip(rows, chosen, strict=True):
-            tokens[i] = token
+    sampled = [i for i, p in enumerate(params) if not p.greedy and fine[i]]
+    for choose, is_filtered in ((_from_all, False), (_from_likeliest, True)):
+        rows = [i for i in sampled if _is_filtered(params[i]) == is_filtered]
+        if rows:
+            temperature_B1 = _column([params[i].temperature for i in rows], logits_BV)
+            probs_BV = torch.softmax(logits_BV[rows].double() / temperature_B1, dim=-1)
+            chosen = choose(probs_BV, [params[i] for i in rows], _column([draws[i] for i in rows], logits_BV))
+            for i, token in zip(rows, chosen.tolist(), strict=True):
+                tokens[i] = token
     return tokens, fine
 
 
-def _sample_rows(logits_BV: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
-    """Inverse-CDF sampling after temperature, then top-k, top-p and min-p, each on what the one before left."""
-    device, vocab_size = logits_BV.device, logits_BV.shape[1]
+def _is_filtered(params: SamplingParams) -> bool:
+    return bool(params.top_k) or params.top_p < 1 or params.min_p > 0
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(1)
 
-    probs_BV = torch.softmax(logits_BV.double() / column([p.temperature for p in params]), dim=-1)
-    filtered = any(p.top_k or p.top_p < 1 or p.min_p > 0 for p in params)
-    order_BV = None
-    if filtered:
-        probs_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-        rank_V = torch.arange(vocab_size, device=device)
-        probs_BV = torch.where(rank_V < column([float(p.top_k or vocab_size) for p in params]), probs_BV, 0.0)
-        before_BV = probs_BV.cumsum(-1) - probs_BV  # mass of the likelier ones: the first is always kept
-        mass_B1 = probs_BV.sum(-1, keepdim=True)
-        probs_BV = torch.where(before_BV < column([p.top_p for p in params]) * mass_B1, probs_BV, 0.0)
-        probs_BV = torch.where(probs_BV >= column([p.min_p for p in params]) * probs_BV[:, :1], probs_BV, 0.0)
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(1)
+
+
+def _from_all(probs_BV: Tensor, params: Sequence[SamplingParams], draws_B1: Tensor) -> Tensor:
+    """Inverse-CDF sampling over the whole vocabulary, in its own order: nothing needs to be sorted."""
+    return _invert(probs_BV, draws_B1).squeeze(1)
+
+
+def _from_likeliest(probs_BV: Tensor, params: Sequence[SamplingParams], draws_B1: Tensor) -> Tensor:
+    """Inverse-CDF sampling, likeliest first, after top-k, top-p and min-p, each on what the one before left."""
+    probs_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    vocab_size = probs_BV.shape[1]
+    rank_V = torch.arange(vocab_size, device=probs_BV.device)
+    top_k_B1 = _column([float(p.top_k or vocab_size) for p in params], probs_BV)
+    probs_BV = torch.where(rank_V < top_k_B1, probs_BV, 0.0)
+    before_BV = probs_BV.cumsum(-1) - probs_BV  # mass of the likelier ones: the first is always kept
+    mass_B1 = _column([p.top_p for p in params], probs_BV) * probs_BV.sum(-1, keepdim=True)
+    probs_BV = torch.where(before_BV < mass_B1, probs_BV, 0.0)
+    least_B1 = _column([p.min_p for p in params], probs_BV) * probs_BV[:, :1]
+    probs_BV = torch.where(probs_BV >= least_B1, probs_BV, 0.0)
+    return order_BV.gather(1, _invert(probs_BV, draws_B1)).squeeze(1)
+
+
+def _invert(probs_BV: Tensor, draws_B1: Tensor) -> Tensor:
+    """Index `[B, 1]` at which the cumulative mass passes each row's draw."""
     cdf_BV = probs_BV.cumsum(-1)
-    target_B1 = column(list(draws)) * cdf_BV[:, -1:]
-    index_B1 = torch.searchsorted(cdf_BV, target_B1, right=True).clamp(max=vocab_size - 1)
-    if order_BV is not None:
-        index_B1 = order_BV.gather(1, index_B1)
-    return index_B1.squeeze(1).tolist()
+    target_B1 = draws_B1 * cdf_BV[:, -1:]
+    return torch.searchsorted(cdf_BV, target_B1, right=True).clamp(max=probs_BV.shape[1] - 1)
 
 
 def token_logprobs(logits_NV: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:

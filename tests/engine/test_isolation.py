@@ -77,7 +77,11 @@ def test_random_submits_and_aborts_leave_nothing(mixtral: Served) -> None:
     outputs: dict[str, Output] = {}
     for step in range(400):
         if rng.random() < 0.6:
-            key, prompt, adapter = f"q{step}", [rng.randrange(128) for _ in range(rng.randint(1, 30))], rng.choice(names)
+            key, prompt, adapter = (
+                f"q{step}",
+                [rng.randrange(128) for _ in range(rng.randint(1, 30))],
+                rng.choice(names),
+            )
             engine.submit(request(key, prompt, adapter, max_tokens=rng.randint(1, 12)))
             live[key], outputs[key] = (prompt, adapter), Output()
         if rng.random() < 0.1 and live:

@@ -55,7 +55,8 @@ def test_engine(imported: tuple[str, Mapping[str, str]]) -> None:
             adapter_memory=1 << 20,
         )
     )
-    wanted = {None: expected(family, None), **{case: expected(family, case) for case in adapters}}
+    cases: list[str | None] = [None, *adapters]
+    wanted = {case: expected(family, case) for case in cases}
     outputs = run(
         engine,
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,7 @@ TOLERANCE = 1e-4
 def prompts(count: int, seed: int = 0) -> list[list[int]]:
     """Prompts of unlike lengths."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randint(VOCAB_SIZE, (3 + 5 * i % 23,), generator=generator).tolist() for i in range(count)
-    ]
+    return [torch.randint(VOCAB_SIZE, (3 + 5 * i % 23,), generator=generator).tolist() for i in range(count)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +85,7 @@ def test_same_when_preempted(mixtral: Served, alone: dict[str, Output]) -> None:
 def test_sampling_depends_on_the_seed_only(mixtral: Served) -> None:
     """Seeded samples are the same alone, in company, chunked and preempted; other seeds and choices differ."""
     prompt = prompts(3)[2]
-    sampling = {"temperature": 1.3, "top_p": 0.95, "seed": 7, "max_tokens": 16}
+    sampling: dict[str, Any] = {"temperature": 1.3, "top_p": 0.95, "seed": 7, "max_tokens": 16}
     engine = mixtral.engine()
     first = run(engine, [request("x", prompt, "R-lora", **sampling)])["x"].token_ids
     crowd = [request("x", prompt, "R-lora", **sampling), *sixteen(mixtral)]

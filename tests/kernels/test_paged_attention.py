@@ -47,13 +47,13 @@ def test_mixed_batch(window: int | None, sinks: bool, dims: tuple[int, int]) -> 
         window=window,
         sinks_H=sinks_H,
     )
-    want = torch.cat(
-        [plain(q, k, v, 0.3, window, sinks_H) for q, k, v in zip(queries, keys, values, strict=True)]
-    )
+    want = torch.cat([plain(q, k, v, 0.3, window, sinks_H) for q, k, v in zip(queries, keys, values, strict=True)])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def plain(q_nHC: Tensor, k_SGC: Tensor, v_SGC: Tensor, scale: float, window: int | None, sinks_H: Tensor | None) -> Tensor:
+def plain(
+    q_nHC: Tensor, k_SGC: Tensor, v_SGC: Tensor, scale: float, window: int | None, sinks_H: Tensor | None
+) -> Tensor:
     """Attention of the last n positions, one query and one head at a time."""
     n, length = q_nHC.shape[0], k_SGC.shape[0]
     out = torch.empty(n, HEADS, v_SGC.shape[-1])

@@ -47,7 +47,9 @@ def make(
 
     num_rows = 2 * sum(ranks) + 2 * len(ranks) + 1
     pool_SD = torch.full((num_rows, hidden), float("nan"))
-    down_row, up_row, row = [], [], 1
+    down_row: list[int] = []
+    up_row: list[int] = []
+    row = 1
     for rank in ranks:
         for rows in (down_row, up_row):
             rows.append(row)

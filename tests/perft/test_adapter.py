@@ -101,8 +101,12 @@ def test_another_base(tmp_path: Path, blocks: list[MoeBlock]) -> None:
     """Another hidden size, another number of base experts, other layers."""
     random_adapter(tmp_path / "r", variant_configs()["R-lora"], blocks)
     random_adapter(tmp_path / "e", variant_configs()["E-lora"], blocks)
-    wide = [MoeBlock(layer=b.layer, name=b.name, hidden_size=64, num_experts=4, top_k=2, norm_topk=True) for b in blocks]
-    many = [MoeBlock(layer=b.layer, name=b.name, hidden_size=32, num_experts=8, top_k=2, norm_topk=True) for b in blocks]
+    wide = [
+        MoeBlock(layer=b.layer, name=b.name, hidden_size=64, num_experts=4, top_k=2, norm_topk=True) for b in blocks
+    ]
+    many = [
+        MoeBlock(layer=b.layer, name=b.name, hidden_size=32, num_experts=8, top_k=2, norm_topk=True) for b in blocks
+    ]
     with pytest.raises(AdapterError, match=r"\[5, 4, 32\], but \[5, 4, 64\].*another base"):
         read_adapter(tmp_path / "r", wide)
     with pytest.raises(AdapterError, match=r"\[4, 2, 32\], but \[8, 2, 32\].*another base"):

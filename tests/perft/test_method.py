@@ -13,6 +13,7 @@ from tiny import FAMILIES, VOCAB_SIZE, tiny_model, variant_configs
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from perft import BaseModelError, PerftConfig, PerftError, PerftLayer, PerftModel
+from perft.config import Unit
 from perft.losses import router_load_balancing_loss
 from perft.moe import find_moe_blocks
 
@@ -312,7 +313,7 @@ def test_bf16_base_with_float32_adapter() -> None:
 
 
 @pytest.mark.parametrize("unit", ["lora", "parallel"])
-def test_dropout_is_for_training_only(unit: str) -> None:
+def test_dropout_is_for_training_only(unit: Unit) -> None:
     model = attach(tiny_model("mixtral"), PerftConfig(variant="S", r=8, unit=unit, dropout=0.5))
     disturb(model)
     model.eval()

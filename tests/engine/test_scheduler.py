@@ -1,0 +1,155 @@
+"""The scheduler and the pages by themselves: no torch, no model, milliseconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from perft_serve.engine.events import EngineRequest, TokenEvent
+from perft_serve.engine.pages import PagePool
+from perft_serve.engine.params import SamplingParams
+from perft_serve.engine.scheduler import ChunkResult, Plan, Scheduler
+from perft_serve.engine.sequence import Sequence
+
+EOS = 99
+
+
+class World:
+    """A scheduler on which each step computes the token `position` for whoever gets one."""
+
+    def __init__(self, *, num_pages: int = 100, page_size: int = 4, max_num_seqs: int = 8, budget: int = 16) -> None:
+        self.pool = PagePool(num_pages, page_size)
+        self.scheduler = Scheduler(
+            self.pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, eos_token_ids=frozenset({EOS})
+        )
+
+    def add(self, name: str, prompt: int, max_tokens: int = 4, **params: Any) -> Sequence:
+        request = EngineRequest(
+            request_id=name,
+            prompt_ids=tuple(range(prompt)),
+            params=SamplingParams(max_tokens=max_tokens, temperature=0, **params),
+        )
+        seq = Sequence(request=request, seed=0, adapter_slot=-1, width=0, max_tokens=max_tokens)
+        self.scheduler.add(seq)
+        return seq
+
+    def step(self) -> tuple[Plan, list[TokenEvent]]:
+        plan = self.scheduler.schedule()
+        results = [ChunkResult(token_id=len(c.seq.token_ids) if c.samples else None) for c in plan.chunks]
+        return plan, self.scheduler.commit(plan, results)
+
+    def shape(self) -> dict[str, int]:
+        """Tokens of each request in the next step, which is then taken."""
+        plan, _ = self.step()
+        return {chunk.seq.request.request_id: chunk.num_tokens for chunk in plan.chunks}
+
+
+def test_long_prompts_come_in_chunks_and_do_not_hold_up_decoding() -> None:
+    world = World()
+    world.add("a", 3)
+    assert world.shape() == {"a": 3}
+    world.add("b", 40)
+    world.add("c", 2)
+    assert world.shape() == {"a": 1, "b": 15}
+    assert world.shape() == {"a": 1, "b": 15}
+    assert world.shape() == {"a": 1, "b": 10, "c": 2}
+    assert world.shape() == {"b": 1, "c": 1}
+
+
+def test_first_come_first_served() -> None:
+    """A small request does not overtake a large one that waits for pages."""
+    world = World(num_pages=10)
+    world.add("a", 30, max_tokens=2)
+    world.add("large", 20)
+    world.add("small", 1)
+    assert world.shape() == {"a": 16}
+    assert world.shape() == {"a": 14}
+    assert world.shape() == {"a": 1}
+    assert world.shape() == {"large": 16}
+
+
+def test_no_more_than_max_num_seqs() -> None:
+    world = World(max_num_seqs=2)
+    for name in "abc":
+        world.add(name, 2, max_tokens=2)
+    assert world.shape() == {"a": 2, "b": 2}
+    assert (world.scheduler.num_running, world.scheduler.num_waiting) == (2, 1)
+    assert world.shape() == {"a": 1, "b": 1}
+    assert world.shape() == {"c": 2}
+
+
+def test_the_youngest_is_preempted_and_starts_again() -> None:
+    world = World(num_pages=4)
+    old = world.add("old", 7, max_tokens=9)
+    young = world.add("young", 7, max_tokens=9)
+    assert world.shape() == {"old": 7, "young": 7}
+    assert world.shape() == {"old": 1, "young": 1}
+    assert world.shape() == {"old": 1}
+    assert (young.pages, young.num_computed, len(young.token_ids)) == ([], 0, 9)
+    assert world.scheduler.num_preemptions == 1
+    seen: list[int] = []
+    for _ in range(40):
+        _, events = world.step()
+        seen += [e.token_id for e in events if e.request_id == "young" and e.token_id is not None]
+    assert seen == list(range(9, 16)), "it goes on where it was, and no token comes twice"
+    assert len(old.token_ids) == 16
+    assert world.pool.num_free == 4
+
+
+def test_pages_that_change_hands_are_named_for_clearing() -> None:
+    world = World(num_pages=3)
+    world.add("a", 5, max_tokens=1)
+    plan, _ = world.step()
+    assert sorted(plan.new_pages) == sorted(plan.chunks[0].seq.pages or plan.new_pages)
+    first = set(plan.new_pages)
+    world.add("b", 9, max_tokens=1)
+    plan, _ = world.step()
+    assert first <= set(plan.new_pages)
+    assert 0 not in plan.new_pages
+
+
+@pytest.mark.parametrize(
+    ("params", "reason", "stop_reason", "tokens"),
+    [
+        ({}, "length", None, [2, 3, 4, 5]),
+        ({"stop_token_ids": (4,)}, "stop", 4, [2, 3, 4]),
+    ],
+)
+def test_finish_reasons(params: Any, reason: str, stop_reason: int | None, tokens: list[int]) -> None:
+    world = World()
+    world.add("a", 2, **params)
+    events = [event for _ in range(6) for event in world.step()[1]]
+    assert [event.token_id for event in events] == tokens
+    assert [event.finish_reason for event in events] == [None] * (len(tokens) - 1) + [reason]
+    assert events[-1].stop_reason == stop_reason
+    assert [event.timing is not None for event in events] == [True] + [False] * (len(tokens) - 1)
+    assert world.pool.usage == 0
+
+
+def test_eos_has_no_stop_reason() -> None:
+    world = World()
+    world.add("a", EOS, max_tokens=4)
+    events = [event for _ in range(9) for event in world.step()[1]]
+    assert [(e.token_id, e.finish_reason, e.stop_reason) for e in events] == [(EOS, "stop", None)]
+
+
+def test_an_error_ends_one_request_only() -> None:
+    world = World()
+    world.add("a", 2)
+    world.add("b", 2)
+    plan = world.scheduler.schedule()
+    events = world.scheduler.commit(plan, [ChunkResult(error="NaN"), ChunkResult(token_id=7)])
+    assert [(e.request_id, e.finish_reason, e.error) for e in events] == [("a", "error", "NaN"), ("b", None, None)]
+    assert world.shape() == {"b": 1}
+
+
+def test_pages() -> None:
+    pool = PagePool(3, 4)
+    assert [pool.pages_for(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+    taken = pool.take(2)
+    assert taken is not None
+    assert 0 not in taken
+    assert (pool.take(2), pool.num_free) == (None, 1)
+    pool.give(taken)
+    assert (pool.num_free, pool.usage) == (3, 0)
