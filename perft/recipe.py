@@ -1,0 +1,266 @@
+"""A training recipe: everything that decides what `perft train` does, from a YAML file, from flags, or from both.
+
+In: values by field name, as text or as YAML gave them. Out: a checked `TrainConfig` and `PerftConfig`. The command line is
+made from the same fields, so a new field is an option at once. It knows no model and reads no data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from peft import PeftConfig
+
+from perft.config import PerftConfig
+from perft.data import LossOn
+from perft.errors import PerftError
+
+BaseDtype = Literal["auto", "float32", "bfloat16"]
+SaveDtype = Literal["float32", "bfloat16"]
+Scheduler = Literal["linear", "cosine", "constant"]
+
+DEFAULT_EPOCHS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How an adapter is trained. What the adapter is, is its `PerftConfig`'s matter.
+
+    The defaults are the authors' for OLMoE where they gave one (their Mixtral learning rate is 2e-5).
+    """
+
+    model: str = field(metadata={"help": "base model: a folder or a hub id"})
+    data: tuple[str, ...] = field(metadata={"help": "training data, .jsonl or .json files"})
+    output: str = field(metadata={"help": "folder for the adapter, its log and its checkpoints"})
+    eval_data: tuple[str, ...] = field(default=(), metadata={"help": "held-out data files"})
+    eval_split: float | None = field(
+        default=None, metadata={"help": "hold out part of the data: a share below 1, or a number of examples"}
+    )
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "evaluate every so many steps (default: once an epoch)"}
+    )
+    save_steps: int | None = field(
+        default=None, metadata={"help": "checkpoint every so many steps (default: once an epoch)"}
+    )
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the latest checkpoints to keep"})
+    log_steps: int = field(default=10, metadata={"help": "log every so many steps"})
+    loss_on: LossOn = field(
+        default="all", metadata={"help": "learn the whole text, as in the paper, or the answer only"}
+    )
+    max_length: int = field(default=256, metadata={"help": "cut examples at this many tokens"})
+    learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate of AdamW"})
+    epochs: float | None = field(
+        default=None,
+        metadata={"help": f"passes over the data (default {DEFAULT_EPOCHS:g}, unless max_steps is given)"},
+    )
+    max_steps: int | None = field(default=None, metadata={"help": "optimiser steps, instead of epochs"})
+    batch_size: int = field(default=16, metadata={"help": "examples per device and forward pass"})
+    gradient_accumulation: int = field(default=1, metadata={"help": "forward passes per optimiser step"})
+    warmup: float = field(
+        default=0.03, metadata={"help": "warm-up: a share of all steps below 1, or a number of steps"}
+    )
+    scheduler: Scheduler = field(default="linear", metadata={"help": "what the learning rate does after warm-up"})
+    weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient's norm; 0 does not"})
+    seed: int = field(default=42, metadata={"help": "seed of initial values, order and dropout"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations in the backward pass to save memory"}
+    )
+    dtype: BaseDtype = field(
+        default="auto", metadata={"help": "dtype of the frozen base; the adapter trains in float32"}
+    )
+    save_dtype: SaveDtype = field(default="float32", metadata={"help": "dtype that the finished adapter is stored in"})
+
+    def __post_init__(self) -> None:
+        for name in ("model", "output"):
+            if not getattr(self, name):
+                raise PerftError(f"{name} is empty")
+        if not self.data:
+            raise PerftError("data names no file")
+        for name in ("eval_steps", "save_steps", "max_steps", "keep_checkpoints", "log_steps", "batch_size"):
+            self._check_minimum(name, 1)
+        for name in ("gradient_accumulation", "max_length"):
+            self._check_minimum(name, 1 if name == "gradient_accumulation" else 2)
+        for name in ("learning_rate", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise PerftError(f"{name} must be a positive number, got {value}")
+        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise PerftError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise PerftError(f"warmup of 1 or more is a number of steps, so it must be whole, got {self.warmup}")
+        if self.epochs is not None and self.max_steps is not None:
+            raise PerftError("epochs and max_steps both say how long to train; give one")
+        self._check_evaluation()
+
+    def _check_minimum(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if value is not None and value < minimum:
+            raise PerftError(f"{name} must be at least {minimum}, got {value}")
+
+    def _check_evaluation(self) -> None:
+        split = self.eval_split
+        if split is not None and self.eval_data:
+            raise PerftError("eval_data and eval_split both say what to evaluate on; give one")
+        if split is not None and not (0 < split < 1 or (split >= 1 and split == int(split))):
+            raise PerftError(f"eval_split must be a share below 1 or a whole number of examples, got {split}")
+        if self.eval_steps is not None and split is None and not self.eval_data:
+            raise PerftError("eval_steps needs something to evaluate on: give eval_data or eval_split")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecipeField:
+    """One field of a recipe.
+
+    Args:
+        name: its name, in YAML and (with dashes) as a flag.
+        hint: its type.
+        help: what it is, for people.
+        default: its default; `dataclasses.MISSING` if it must be given.
+        owner: `TrainConfig` or `PerftConfig`.
+    """
+
+    name: str
+    hint: Any
+    help: str
+    default: Any
+    owner: type
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words it may be, if it is one of a few."""
+        bare = _without_none(self.hint)[0]
+        return get_args(bare) if get_origin(bare) is Literal else ()
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it takes several values."""
+        return get_origin(_without_none(self.hint)[0]) in (list, tuple)
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is a plain yes or no."""
+        return self.hint is bool
+
+    def convert(self, value: object) -> Any:
+        """`value`, which may be text from a flag, as this field's type.
+
+        Raises:
+            PerftError: it cannot be that.
+        """
+        bare, optional = _without_none(self.hint)
+        if value is None or value == "none":
+            if optional:
+                return None
+            raise PerftError(f"{self.name} needs a value")
+        if get_origin(bare) in (list, tuple):
+            items = list(value) if isinstance(value, (list, tuple)) else [value]
+            return get_origin(bare)(_scalar(self.name, get_args(bare)[0], item) for item in items)
+        return _scalar(self.name, bare, value)
+
+
+def recipe_fields() -> list[RecipeField]:
+    """Every field of a recipe: those of `TrainConfig`, then those that PERFT adds to PEFT's configuration."""
+    return [*_fields_of(TrainConfig, skip=()), *_fields_of(PerftConfig, skip=("target_modules",), above=PeftConfig)]
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """The values in the YAML file `path`, by field name; paths in it are relative to where the command runs.
+
+    Raises:
+        PerftError: the file is missing, is not a mapping, or has an unknown key.
+    """
+    import yaml  # of the extra `train`
+
+    file = Path(path)
+    if not file.is_file():
+        raise PerftError(f"recipe not found: {file}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PerftError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise PerftError(f"{file}: a recipe is a mapping of field: value")
+    known = [recipe_field.name for recipe_field in recipe_fields()]
+    for name in values:
+        if name not in known:
+            raise PerftError(f"{file}: unknown key {name!r}; known are {', '.join(known)}")
+    return values
+
+
+def build_configs(values: Mapping[str, Any]) -> tuple[TrainConfig, PerftConfig]:
+    """The two configurations that `values` describe.
+
+    Raises:
+        PerftError: a value is missing, of the wrong type, or out of range.
+    """
+    by_owner: dict[type, dict[str, Any]] = {TrainConfig: {}, PerftConfig: {}}
+    for recipe_field in recipe_fields():
+        if recipe_field.name in values:
+            by_owner[recipe_field.owner][recipe_field.name] = recipe_field.convert(values[recipe_field.name])
+        elif recipe_field.default is MISSING:
+            flag = recipe_field.name.replace("_", "-")
+            raise PerftError(f"{recipe_field.name} is missing: give --{flag}, or {recipe_field.name}: in the recipe")
+    return TrainConfig(**by_owner[TrainConfig]), PerftConfig(task_type="CAUSAL_LM", **by_owner[PerftConfig])
+
+
+def recipe_values(train: TrainConfig, adapter: PerftConfig) -> dict[str, Any]:
+    """The recipe as plain data, every field with its value; the inverse of `build_configs`."""
+    values: dict[str, Any] = {}
+    for recipe_field in recipe_fields():
+        value = getattr(train if recipe_field.owner is TrainConfig else adapter, recipe_field.name)
+        values[recipe_field.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def _fields_of(owner: type, *, skip: tuple[str, ...], above: type | None = None) -> Iterator[RecipeField]:
+    hints = get_type_hints(owner)
+    inherited = {item.name for item in dataclasses.fields(above)} if above is not None else set()
+    for item in dataclasses.fields(owner):
+        if item.name in skip or item.name in inherited:
+            continue
+        yield RecipeField(
+            name=item.name, hint=hints[item.name], help=item.metadata["help"], default=item.default, owner=owner
+        )
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """The type without `| None`, and whether it had that."""
+    if get_origin(hint) in (Union, types.UnionType):
+        rest = [part for part in get_args(hint) if part is not type(None)]
+        assert len(rest) == 1
+        return rest[0], True
+    return hint, False
+
+
+def _scalar(name: str, kind: Any, value: object) -> Any:
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise PerftError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if value in ("true", "false"):
+            return value == "true"
+        raise PerftError(f"{name} must be true or false, got {value!r}")
+    if kind is str:
+        if isinstance(value, str):
+            return value
+        raise PerftError(f"{name} must be text, got {value!r}")
+    assert kind in (int, float)
+    # YAML reads 1e-3 as text, and flags are text
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = kind(value)
+        except ValueError:
+            number = None
+        if number is not None and (isinstance(value, str) or number == value):
+            return number
+    raise PerftError(f"{name} must be {'a whole number' if kind is int else 'a number'}, got {value!r}")

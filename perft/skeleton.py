@@ -1,0 +1,67 @@
+"""A base model without its weights: enough to find its MoE blocks and to count its parameters.
+
+In: what names a base (a folder, a hub id) or its config. Out: the model on the meta device. No tensor is read or made, so
+an 8x7B costs a second and no memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from perft.errors import BaseModelError
+from perft.moe import MoeBlock
+
+
+def load_config(base: str | Path) -> PreTrainedConfig:
+    """The config of the base model `base`.
+
+    Raises:
+        BaseModelError: there is none to be had.
+    """
+    try:
+        return AutoConfig.from_pretrained(str(base))
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"no base model at {str(base)!r}: {_first_line(error)}") from error
+
+
+def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device.
+
+    Raises:
+        BaseModelError: Transformers has no causal language model for it.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise BaseModelError(
+            f"no causal language model for model type {config.model_type!r}: {_first_line(error)}"
+        ) from error
+    return model
+
+
+def load_skeleton(base: str | Path) -> PreTrainedModel:
+    """`build_skeleton` of `load_config`."""
+    return build_skeleton(load_config(base))
+
+
+def count_activated(model: PreTrainedModel, blocks: list[MoeBlock]) -> int:
+    """Parameters of the base that take part in one token: all of them, but of N base experts only K.
+
+    Raises:
+        BaseModelError: a block does not say its K.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for block in blocks:
+        if block.top_k is None:
+            raise BaseModelError(f"the model does not say how many base experts {block.name} uses per token")
+        experts = sum(parameter.numel() for parameter in model.get_submodule(block.name).parameters())
+        total -= experts * (block.num_experts - block.top_k) // block.num_experts
+    return total
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

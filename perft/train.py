@@ -1,0 +1,372 @@
+"""Training an adapter: the base frozen, the adapter in float32, Transformers' Trainer underneath.
+
+In: a `TrainConfig` and a `PerftConfig` (see `perft.recipe`). Out, in `TrainConfig.output`:
+
+    adapter_config.json, adapter_model.safetensors   the adapter
+    training_log.jsonl                               one line per log entry: loss, router_aux_loss, eval_loss, ...
+    loss.png                                         the losses over the steps
+    training_run.json                                the recipe, digests of the data, versions, the outcome
+    checkpoints/                                     what `resume` continues from
+
+`loss` in the log is what is minimised: language-model loss plus the weighted load-balancing loss of the adapter's router.
+`router_aux_loss` is that term before its weight (variant R), `eval_loss` the language-model loss alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers import __version__ as transformers_version
+from transformers.trainer_utils import get_last_checkpoint
+
+from perft.adapter import Adapter, LayerTensors, read_adapter, write_adapter
+from perft.config import PerftConfig
+from perft.data import PaddingCollator, TokenizedData, tokenize_files
+from perft.errors import BaseModelError, PerftError
+from perft.layer import PerftLayer
+from perft.model import PerftModel
+from perft.recipe import DEFAULT_EPOCHS, TrainConfig, recipe_values
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+RUN_FILE = "training_run.json"
+LOG_FILE = "training_log.jsonl"
+PLOT_FILE = "loss.png"
+CHECKPOINTS = "checkpoints"
+EXTRA_PACKAGES = ("accelerate", "datasets", "matplotlib", "yaml")
+
+
+def require_train_extra() -> None:
+    """Raises PerftError if a package that only training needs is not installed."""
+    missing = [name for name in EXTRA_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PerftError(f'training needs {", ".join(missing)}: pip install "perft-serve[train]"')
+
+
+def train(
+    config: TrainConfig,
+    adapter: PerftConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Adapter:
+    """Trains an adapter and writes it.
+
+    Args:
+        config: how.
+        adapter: what.
+        resume: continue from the last checkpoint in the output folder; the recipe and the data must be what they were.
+        overwrite: start anew in an output folder that holds an earlier run, which is deleted.
+        callbacks: more of Trainer's callbacks.
+
+    Returns:
+        The finished adapter, as read back from the output folder.
+
+    Raises:
+        PerftError: the configuration, the data or the output folder cannot be used, or the loss is no longer finite.
+        BaseModelError: the base cannot be loaded or has no MoE blocks.
+    """
+    require_train_extra()
+    output = Path(config.output)
+    run = _describe_run(config, adapter)
+    _check_output(output, run, resume=resume, overwrite=overwrite)
+    tokenizer = _load_tokenizer(config.model)
+    train_data, eval_data = _load_data(config, tokenizer)
+    set_seed(config.seed)
+    # a copy: attaching settles in place what depends on the base
+    model = get_peft_model(_load_base(config), copy.deepcopy(adapter))
+    checkpoint = get_last_checkpoint(str(output / CHECKPOINTS)) if resume else None
+    output.mkdir(parents=True, exist_ok=True)
+    _write_json(output / RUN_FILE, run)
+    log = LogCallback(output)
+    trainer = PerftTrainer(
+        model=model,
+        args=_trainer_arguments(config, has_eval=eval_data is not None),
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=PaddingCollator(pad_token_id=tokenizer.pad_token_id or 0),
+        callbacks=[log, *callbacks],
+    )
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    _write_finished(model, output, config)
+    finished = read_adapter(output)
+    run["outcome"] = {
+        "steps": trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "resumed": checkpoint is not None,
+        "train_examples": len(train_data),
+        "eval_examples": 0 if eval_data is None else len(eval_data),
+        "digest": finished.digest,
+    }
+    _write_json(output / RUN_FILE, run)
+    log.write(trainer.state.log_history)
+    return finished
+
+
+class PerftTrainer(Trainer):
+    """Trainer that also logs the adapter router's loss and stops when the loss is no longer finite."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._aux_sum: Tensor | float = 0.0
+        self._aux_count = 0
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As Trainer's; keeps the router loss that the forward pass left."""
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        if model.training:
+            tuner = self.accelerator.unwrap_model(model).base_model
+            assert isinstance(tuner, PerftModel)
+            for value in tuner.router_aux_loss.values():
+                self._aux_sum = self._aux_sum + value  # stays on the device until it is logged
+                self._aux_count += 1
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with `router_aux_loss` beside `loss`.
+
+        Raises:
+            PerftError: the loss is NaN or infinite.
+        """
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise PerftError(
+                    f"the loss became {logs['loss']} by step {self.state.global_step}; lower learning_rate "
+                    f"(now {self.args.learning_rate:g}) or raise warmup"
+                )
+            if self._aux_count:
+                logs["router_aux_loss"] = float(self._aux_sum) / self._aux_count
+                self._aux_sum, self._aux_count = 0.0, 0
+        super().log(logs, start_time)
+
+
+class LogCallback(TrainerCallback):
+    """Keeps `training_log.jsonl` and `loss.png` up to date while training runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the log so far; the plot follows at evaluations and at the end."""
+        self._write_log(state.log_history)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draws what there is."""
+        self.write(state.log_history)
+
+    def write(self, history: list[dict[str, float]]) -> None:
+        """Writes the log and draws the plot."""
+        self._write_log(history)
+        plot_losses(history, self._folder / PLOT_FILE)
+
+    def _write_log(self, history: list[dict[str, float]]) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in history)
+        (self._folder / LOG_FILE).write_text(lines, encoding="utf-8")
+
+
+def plot_losses(history: Sequence[dict[str, float]], path: str | Path) -> None:
+    """Draws the training loss and, if there is any, the evaluation loss over the steps, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for key, label, marker in (("loss", "training", ""), ("eval_loss", "held-out", "o")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, label=label, marker=marker or ("." if len(points) < 3 else ""), markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(path)
+
+
+def _describe_run(config: TrainConfig, adapter: PerftConfig) -> dict[str, Any]:
+    """What the outcome depends on, as it goes into `training_run.json`."""
+    files = {}
+    for name in (*config.data, *config.eval_data):
+        if not Path(name).is_file():
+            raise PerftError(f"data file not found: {name}")
+        files[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers_version}
+    return {"recipe": recipe_values(config, adapter), "data_sha256": files, "versions": versions}
+
+
+def _check_output(output: Path, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """The output folder is fit for what is asked; an earlier run in it is deleted only with `overwrite`."""
+    if resume and overwrite:
+        raise PerftError("--resume and --overwrite contradict each other; give one")
+    if output.exists() and not output.is_dir():
+        raise PerftError(f"output {output} is a file; choose a folder")
+    run_file = output / RUN_FILE
+    if resume:
+        if not run_file.is_file() or get_last_checkpoint(str(output / CHECKPOINTS)) is None:
+            raise PerftError(f"nothing to resume: {output} holds no checkpoint of an earlier run")
+        _check_same_run(json.loads(run_file.read_text(encoding="utf-8")), run, output)
+    elif output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            raise PerftError(f"output {output} is not empty; give --resume to continue, or --overwrite to start anew")
+        if not run_file.is_file():
+            raise PerftError(
+                f"output {output} holds no earlier run (no {RUN_FILE}), so it is not deleted; choose another folder"
+            )
+        shutil.rmtree(output)
+
+
+def _check_same_run(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    old, new = before.get("recipe", {}), now["recipe"]
+    changed = [
+        f"{name} was {old.get(name)!r}, is {new[name]!r}"
+        for name in new
+        if name != "output" and old.get(name) != json.loads(json.dumps(new[name]))
+    ]
+    if changed:
+        raise PerftError(f"cannot resume {output} with another recipe: {'; '.join(changed)}")
+    if list(before.get("data_sha256", {}).values()) != list(now["data_sha256"].values()):
+        raise PerftError(f"cannot resume {output}: the data files have changed since")
+
+
+def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"no tokenizer for the base model {model!r}: {_first_line(error)}") from error
+    return tokenizer
+
+
+def _load_base(config: TrainConfig) -> PreTrainedModel:
+    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"cannot load the base model {config.model!r}: {_first_line(error)}") from error
+    return model
+
+
+def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
+    train_data = _tokenized("training", config.data, config, tokenizer).dataset
+    if config.eval_data:
+        return train_data, _tokenized("held-out", config.eval_data, config, tokenizer).dataset
+    if config.eval_split is None:
+        return train_data, None
+    held_out = config.eval_split if config.eval_split < 1 else int(config.eval_split)
+    if held_out >= len(train_data) or held_out * len(train_data) < 1:
+        raise PerftError(f"eval_split={config.eval_split:g} does not divide {len(train_data)} examples; give eval_data")
+    parts = train_data.train_test_split(test_size=held_out, seed=config.seed)
+    return parts["train"], parts["test"]
+
+
+def _tokenized(
+    what: str, paths: Sequence[str], config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> TokenizedData:
+    data = tokenize_files(paths, tokenizer, max_length=config.max_length, loss_on=config.loss_on)
+    tokens = sum(len(ids) for ids in data.dataset["input_ids"])
+    cut = f", {data.num_truncated} cut at max_length={config.max_length}" if data.num_truncated else ""
+    dropped = f", {data.num_dropped} left out (nothing to learn after the cut)" if data.num_dropped else ""
+    print(f"{what} data: {len(data.dataset):,} examples, {tokens:,} tokens{cut}{dropped}", flush=True)
+    return data
+
+
+def _trainer_arguments(config: TrainConfig, *, has_eval: bool) -> TrainingArguments:
+    scheduler = "constant_with_warmup" if config.scheduler == "constant" else config.scheduler
+    return TrainingArguments(
+        output_dir=str(Path(config.output) / CHECKPOINTS),
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.epochs or DEFAULT_EPOCHS,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        warmup_steps=config.warmup,
+        lr_scheduler_type=scheduler,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        eval_strategy=_strategy(config.eval_steps) if has_eval else "no",
+        eval_steps=config.eval_steps,
+        prediction_loss_only=True,
+        save_strategy=_strategy(config.save_steps),
+        save_steps=config.save_steps or 500,
+        save_total_limit=config.keep_checkpoints,
+        logging_steps=config.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+        **_checkpointing_arguments(config),
+    )
+
+
+def _checkpointing_arguments(config: TrainConfig) -> dict[str, Any]:
+    if not config.gradient_checkpointing:
+        return {}
+    # Transformers renamed the pair; the reentrant kind gives the adapter's router loss no gradient
+    known = {item.name for item in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _strategy(steps: int | None) -> str:
+    return "epoch" if steps is None else "steps"
+
+
+def _write_finished(model: PeftModel, output: Path, config: TrainConfig) -> None:
+    dtype = getattr(torch, config.save_dtype)
+    layers: dict[int, LayerTensors] = {}
+    names: dict[int, str] = {}
+    name = model.active_adapter
+    for module in model.modules():
+        if isinstance(module, PerftLayer) and name in module.perft_down:
+            gate = module.perft_gate.get(name)
+            layers[module.block.layer] = LayerTensors(
+                down_MRD=_stored(module.perft_down[name], dtype),
+                up_MRD=_stored(module.perft_up[name], dtype),
+                gate_MD=None if gate is None else _stored(gate, dtype),
+            )
+            names[module.block.layer] = module.block.name
+    finished = copy.copy(model.peft_config[name])
+    finished.inference_mode = True
+    write_adapter(output, finished, layers, names)
+
+
+def _stored(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    return parameter.detach().to("cpu", dtype)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
