@@ -1,0 +1,83 @@
+"""The demo's adapters do what the README says: on held-out prompts they answer right where the base does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from perft.adapter import read_adapter
+from perft.data import read_records
+from perft.demo_base import build_demo_base
+
+REPO = Path(__file__).parents[2]
+ADAPTERS = REPO / "demo" / "adapters"
+TASKS = ("dates", "sql", "tickets")
+NUM_PROMPTS = 16
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"demo_{name}", REPO / "demo" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_adapter_is_small_and_whole() -> None:
+    adapters = {task: read_adapter(ADAPTERS / task) for task in TASKS}
+    assert {adapter.config.variant for adapter in adapters.values()} == {"R", "E", "S"}
+    assert {adapter.config.unit for adapter in adapters.values()} == {"lora", "parallel"}
+    for task, adapter in adapters.items():
+        assert adapter.num_bytes <= 3_000_000
+        run = json.loads((ADAPTERS / task / "training_run.json").read_text())
+        assert run["outcome"]["digest"] == adapter.digest, "the log beside an adapter is the log of that adapter"
+        assert (ADAPTERS / task / "training_log.jsonl").is_file()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_held_out_is_in_no_form_in_the_training_file(task: str) -> None:
+    train, held_out = (read_records(REPO / "demo" / "data" / f"{task}.{split}.jsonl") for split in ("train", "heldout"))
+    questions = [{_question(record) for record in records} for records in (train, held_out)]
+    assert not questions[0] & questions[1]
+    if task == "sql":
+        queries = [{record["messages"][-1]["content"] for record in records} for records in (train, held_out)]
+        assert not queries[0] & queries[1]
+    if task == "dates":
+        days = [{record["completion"][-5:] for record in records} for records in (train, held_out)]
+        assert not days[0] & days[1]
+
+
+def _question(record: dict[str, Any]) -> str:
+    return str(record["prompt"] if "prompt" in record else record["messages"][0]["content"])
+
+
+def test_the_data_is_what_the_script_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script("make_data")
+    monkeypatch.setattr(script, "DATA", tmp_path)
+    script.main()
+    made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert made == {file.name: file.read_bytes() for file in (REPO / "demo" / "data").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    base = REPO / ".cache" / "smolmixtral"
+    build_demo_base(base)
+    evaluate = load_script("evaluate").evaluate
+    return {result.task: result for result in evaluate(base, TASKS, limit=NUM_PROMPTS)}
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("task", TASKS)
+def test_the_adapter_answers_what_the_base_cannot(task: str, results: dict[str, Any]) -> None:
+    result = results[task]
+    assert result.base_accuracy <= 0.1
+    assert result.adapter_accuracy >= 0.8
