@@ -33,7 +33,7 @@ from transformers import PreTrainedConfig
 
 from perft.adapter import Adapter, LayerTensors, read_adapter, write_adapter
 from perft.config import Combine, PerftConfig, Unit, Variant
-from perft.errors import AdapterError, BaseModelError
+from perft.errors import AdapterError, PerftError
 from perft.moe import MoeBlock, find_moe_blocks
 from perft.skeleton import build_skeleton, load_config
 
@@ -380,7 +380,5 @@ def _adapter_config(
         options["layers_to_transform"] = sorted(layers)
     try:
         return PerftConfig(**options)
-    except BaseModelError:
-        raise
-    except ValueError as error:
+    except PerftError as error:
         raise AdapterError(f"the checkpoint's config.json has no meaning: {error}") from error

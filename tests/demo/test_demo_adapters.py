@@ -18,7 +18,7 @@ from perft.demo_base import build_demo_base
 REPO = Path(__file__).parents[2]
 ADAPTERS = REPO / "demo" / "adapters"
 TASKS = ("dates", "sql", "tickets")
-NUM_PROMPTS = 16
+NUM_PROMPTS = 24
 
 
 def load_script(name: str) -> ModuleType:
@@ -80,4 +80,4 @@ def results() -> dict[str, Any]:
 def test_the_adapter_answers_what_the_base_cannot(task: str, results: dict[str, Any]) -> None:
     result = results[task]
     assert result.base_accuracy <= 0.1
-    assert result.adapter_accuracy >= 0.8
+    assert result.adapter_accuracy >= 0.7
