@@ -54,9 +54,7 @@ class LLM:
         self.config = EngineConfig(model=model, adapters=dict(adapters or {}), **settings)
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(self.config)
-        self._inputs = InputProcessor(
-            self.tokenizer, max_model_len=self.engine.max_model_len, vocab_size=self.engine.vocab_size
-        )
+        self._inputs = InputProcessor(self.tokenizer, self.engine.limits)
         self._request_numbers = itertools.count()
 
     def generate(

@@ -49,7 +49,7 @@ UNKNOWN_TO: dict[str, set[str]] = {
 
 # The engine's planning: plain Python, so that it is tested in milliseconds. Here what is imported counts as well.
 PLANNING = tuple(
-    f"perft_serve.engine.{name}" for name in ("params", "events", "sequence", "pages", "scheduler", "config")
+    f"perft_serve.engine.{name}" for name in ("params", "events", "limits", "sequence", "pages", "scheduler", "config")
 )
 
 

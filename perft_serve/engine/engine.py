@@ -7,6 +7,7 @@ import random
 from perft_serve.adapters.store import AdapterInfo, AdapterStore, find_adapters
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
+from perft_serve.engine.limits import Limits
 from perft_serve.engine.pages import PagePool
 from perft_serve.engine.params import RequestError
 from perft_serve.engine.runner import Runner
@@ -21,8 +22,7 @@ class Engine:
         config: what to load and how large to be.
 
     Attributes:
-        max_model_len: the longest prompt plus completion, in tokens.
-        vocab_size: token ids are below this.
+        limits: the longest prompt plus completion, and the vocabulary.
         eos_token_ids: tokens that end a text.
 
     Raises:
@@ -41,9 +41,8 @@ class Engine:
         for name, named_path in config.adapters.items():
             self._store.load(name, named_path)
         self._pool = PagePool(self._runner.num_pages, config.page_size)
-        self.vocab_size = self._runner.vocab_size
         self.eos_token_ids = self._runner.eos_token_ids
-        self.max_model_len = self._settle_max_model_len(config)
+        self.limits = Limits(max_model_len=self._max_model_len(config), vocab_size=self._runner.vocab_size)
         self._scheduler = Scheduler(
             self._pool,
             max_num_seqs=config.max_num_seqs,
@@ -63,16 +62,8 @@ class Engine:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
         if request.adapter is not None and request.adapter not in self._store:
             raise RequestError(f"there is no adapter {request.adapter!r}", param="model")
-        self._check_prompt(request.prompt_ids)
-        room = self.max_model_len - len(request.prompt_ids)
-        needed = 1 if params.max_tokens is None else params.max_tokens
-        if room < needed:
-            raise RequestError(
-                f"the prompt has {len(request.prompt_ids)} tokens and {'at least ' if params.max_tokens is None else ''}"
-                f"{needed} are to be generated, but at most {self.max_model_len} tokens fit in all; shorten the prompt or "
-                "lower max_tokens",
-                param="prompt" if room <= 0 else "max_tokens",
-            )
+        self.limits.check_prompt(request.prompt_ids)
+        self.limits.check_length(request.prompt_ids, params)
         adapter = request.adapter
         self._scheduler.add(
             Sequence(
@@ -80,7 +71,7 @@ class Engine:
                 seed=random.getrandbits(63) if params.seed is None else params.seed,
                 adapter_slot=-1 if adapter is None else self._store.slot(adapter),
                 width=0 if adapter is None else self._store.width(adapter),
-                max_tokens=room if params.max_tokens is None else params.max_tokens,
+                max_tokens=self.limits.room(request.prompt_ids) if params.max_tokens is None else params.max_tokens,
             )
         )
 
@@ -134,18 +125,7 @@ class Engine:
             raise RequestError(f"adapter {name!r} is in use by requests in flight; wait for them or abort them")
         self._store.unload(name)
 
-    def _check_prompt(self, prompt_ids: tuple[int, ...]) -> None:
-        if not prompt_ids:
-            raise RequestError("the prompt is empty; at least one token is needed", param="prompt")
-        for token_id in prompt_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise RequestError(f"token ids must be integers, got {token_id!r}", param="prompt")
-            if not 0 <= token_id < self.vocab_size:
-                raise RequestError(
-                    f"token id {token_id} is not in the vocabulary (0 to {self.vocab_size - 1})", param="prompt"
-                )
-
-    def _settle_max_model_len(self, config: EngineConfig) -> int:
+    def _max_model_len(self, config: EngineConfig) -> int:
         in_cache = self._pool.num_pages * config.page_size
         context = self._runner.max_position_embeddings
         if config.max_model_len is None:

@@ -20,6 +20,7 @@ from typing_extensions import Self
 from perft_serve.adapters.store import AdapterInfo
 from perft_serve.engine.engine import Engine
 from perft_serve.engine.events import EngineRequest, EngineStats, FinishReason, TokenEvent
+from perft_serve.engine.limits import Limits
 from perft_serve.engine.params import RequestError
 from perft_serve.server.metrics import Metrics, RequestRecorder
 
@@ -139,8 +140,7 @@ class EngineClient:
         self._undelivered = 0
         self._closing = False
         # Set once the engine is built
-        self.max_model_len = 0
-        self.vocab_size = 0
+        self.limits = Limits(max_model_len=0, vocab_size=0)
         self.adapters: tuple[AdapterInfo, ...] = ()
 
     def start(self) -> None:
@@ -239,13 +239,12 @@ class EngineClient:
         """The engine's thread."""
         try:
             engine = self._build()
+            self.limits = engine.limits
+            self.adapters = tuple(engine.list_adapters())
+            self._stats = engine.stats()
         except BaseException as error:  # it is raised again in `start`
             self._built.set_exception(error)
             return
-        self.max_model_len = engine.max_model_len
-        self.vocab_size = engine.vocab_size
-        self.adapters = tuple(engine.list_adapters())
-        self._stats = engine.stats()
         self._built.set_result(None)
         try:
             self._serve(engine)

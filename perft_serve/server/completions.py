@@ -37,7 +37,7 @@ class CompletionEndpoint:
         request_id: str = request.state.request_id
         numbered: list[tuple[Prompt, Sequence[EngineRequest]]] = []
         for number, prompt in enumerate(prompts):
-            params = body.params(room=service.inputs.room(prompt.ids))
+            params = body.params(room=service.client.limits.room(prompt.ids))
             name = f"{request_id}-{number}"
             requests = service.inputs.engine_requests(name, prompt.ids, params, adapter=adapter, arrival=arrival)
             numbered.append((prompt, requests))

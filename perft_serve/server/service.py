@@ -45,7 +45,7 @@ class ModelNames:
     def __init__(self, base_name: str, client: EngineClient) -> None:
         self._base_name = base_name
         self._adapters = {info.name: info for info in client.adapters}
-        self._max_model_len = client.max_model_len
+        self._max_model_len = client.limits.max_model_len
         self._created = int(time.time())
         if base_name in self._adapters:
             raise ValueError(
@@ -212,7 +212,7 @@ class Service:
         self.client = client
         self.tokenizer = tokenizer
         self.models = models
-        self.inputs = InputProcessor(tokenizer, max_model_len=client.max_model_len, vocab_size=client.vocab_size)
+        self.inputs = InputProcessor(tokenizer, client.limits)
         self._max_body_size = max_body_size
 
     async def read_json(self, request: Request) -> bytes:

@@ -23,14 +23,14 @@ def engine(mixtral: Served) -> Engine:
     ("prompt", "settings", "message"),
     [
         ([], {}, "prompt is empty"),
-        ([1, 128], {}, "128 is not in the vocabulary"),
-        ([-1], {}, "-1 is not in the vocabulary"),
+        ([1, 128], {}, "128 at position 1 .* is not in the vocabulary"),
+        ([-1], {}, "-1 at position 0 .* not in the vocabulary"),
         ([True], {}, "must be integers"),
         (["1"], {}, "must be integers"),
-        ([1] * 257, {}, "257 tokens .* at most 256"),
-        ([1] * 256, {"max_tokens": 1}, "256 tokens and 1 are .* at most 256"),
-        ([1] * 256, {"max_tokens": None}, "at least 1"),
-        ([1] * 250, {"max_tokens": 7}, "250 tokens and 7"),
+        ([1] * 257, {}, "257 tokens, but the context is 256"),
+        ([1] * 256, {"max_tokens": 1}, "256 tokens, but the context is 256"),
+        ([1] * 256, {"max_tokens": None}, "shorten the prompt by 1"),
+        ([1] * 250, {"max_tokens": 7}, "max_tokens is 7, .* room for 6"),
     ],
 )
 def test_prompts_that_cannot_be_served(engine: Engine, prompt: list[Any], settings: Any, message: str) -> None:

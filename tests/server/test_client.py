@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from perft_serve.engine.engine import Engine
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
+from perft_serve.engine.limits import Limits
 from perft_serve.engine.params import RequestError, SamplingParams
 from perft_serve.server.client import (
     MAX_UNDELIVERED_STEPS,
@@ -28,8 +29,7 @@ from perft_serve.server.metrics import Metrics
 class CountingEngine:
     """Answers each request with 0, 1, 2, ...; no model."""
 
-    max_model_len = 10_000
-    vocab_size = 10_000
+    limits = Limits(max_model_len=10_000, vocab_size=10_000)
 
     def __init__(self) -> None:
         self.requests: dict[str, tuple[EngineRequest, int]] = {}

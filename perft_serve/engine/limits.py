@@ -1,0 +1,68 @@
+"""What a base and its KV cache can take: checked at the front door, so that a client gets its answer at once, and by the
+engine, which trusts nobody. Plain Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from perft_serve.engine.params import RequestError, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Bounds on requests.
+
+    Args:
+        max_model_len: the longest prompt plus completion, in tokens.
+        vocab_size: token ids are below this.
+    """
+
+    max_model_len: int
+    vocab_size: int
+
+    def room(self, prompt_ids: Sequence[int]) -> int:
+        """How many tokens the context has left after the prompt; negative if the prompt alone is too long."""
+        return self.max_model_len - len(prompt_ids)
+
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Refuse a prompt that is no prompt.
+
+        Raises:
+            RequestError: it is empty, or holds what is not a token id of this base.
+        """
+        if not prompt_ids:
+            raise RequestError("the prompt is empty: send at least one token", param="prompt")
+        for position, token_id in enumerate(prompt_ids):
+            if type(token_id) is not int:
+                raise RequestError(
+                    f"token ids must be integers, got {token_id!r} at position {position} of the prompt", param="prompt"
+                )
+            if not 0 <= token_id < self.vocab_size:
+                raise RequestError(
+                    f"token id {token_id} at position {position} of the prompt is not in the vocabulary, which has ids 0 "
+                    f"to {self.vocab_size - 1}",
+                    param="prompt",
+                )
+
+    def check_length(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Refuse a prompt that does not fit, with what is to be generated.
+
+        Raises:
+            RequestError: with the numbers.
+        """
+        room = self.room(prompt_ids)
+        needed = 0 if params.max_tokens == 0 else 1
+        if room < needed:
+            raise RequestError(
+                f"the prompt has {len(prompt_ids)} tokens, but the context is {self.max_model_len} tokens, prompt and "
+                f"completion together: shorten the prompt by {needed - room} or more",
+                param="prompt",
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise RequestError(
+                f"max_tokens is {params.max_tokens}, but the context of {self.max_model_len} tokens has room for {room} after "
+                f"the prompt's {len(prompt_ids)}",
+                param="max_tokens",
+            )
