@@ -99,7 +99,8 @@ class AdapterArena:
         num_rows = num_bytes // (hidden_size * dtype.itemsize)
         if num_rows < 1:
             raise AdapterError(f"adapter memory of {num_bytes} bytes does not hold one row of width {hidden_size}")
-        self.rows_SD = torch.zeros(num_rows, hidden_size, dtype=dtype, device=device)
+        # not zeroed: nobody reads a row that no adapter has, and on a CPU untouched memory costs nothing
+        self.rows_SD = torch.empty(num_rows, hidden_size, dtype=dtype, device=device)
         self._rows = RangeAllocator(num_rows)
         self._experts = RangeAllocator(0)
         self._residents: dict[int, _Resident] = {}

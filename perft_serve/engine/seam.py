@@ -56,11 +56,13 @@ class KvCache:
         self.page_size = page_size
         self.layers = {
             layer: (
-                torch.zeros(num_pages + 1, page_size, heads, key_dim, dtype=dtype, device=device),
-                torch.zeros(num_pages + 1, page_size, heads, value_dim, dtype=dtype, device=device),
+                # not zeroed: pages are cleared when they are handed out, and on a CPU untouched memory costs nothing
+                torch.empty(num_pages + 1, page_size, heads, key_dim, dtype=dtype, device=device),
+                torch.empty(num_pages + 1, page_size, heads, value_dim, dtype=dtype, device=device),
             )
             for layer, (heads, key_dim, value_dim) in shapes.items()
         }
+        self.clear((0,))
 
     def clear(self, pages: tuple[int, ...]) -> None:
         """Zero pages that change hands: what a former holder left there, NaN included, must not reach the next."""
