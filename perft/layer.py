@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from perft.config import PerftConfig
 from perft.errors import PerftError
-from perft.moe import MoeBlock
+from perft.moe import ExpertsWrapper, MoeBlock
 from perft_kernels.adapter_router import route
 from perft_kernels.routed_units import routed_units
 
@@ -76,7 +75,7 @@ class UnitTable:
             )
 
 
-class PerftLayer(nn.Module, BaseTunerLayer):
+class PerftLayer(ExpertsWrapper, BaseTunerLayer):
     """An experts module with PERFT adapters.
 
     Args:
@@ -89,8 +88,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("perft_config",)
 
     def __init__(self, base_layer: nn.Module, block: MoeBlock, trace: RouterTrace) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.block = block
         self._trace = trace
         self.perft_config: dict[str, PerftConfig] = {}
@@ -101,15 +99,6 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        # models read settings of their experts module (`num_experts`, ...): they are the base layer's
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
     def update_layer(self, adapter_name: str, config: PerftConfig) -> None:
         """Add the adapter `adapter_name`, freshly initialised, in float32 on the base layer's device."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -35,6 +36,25 @@ class MoeBlock:
     num_experts: int
     top_k: int | None
     norm_topk: bool
+
+
+class ExpertsWrapper(nn.Module):
+    """Stands in for an experts module, which it keeps as `base_layer`; what it does besides is its subclasses' matter.
+
+    Models read settings of their experts module (`num_experts`, ...): those are answered by the base layer.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
 
 
 def is_experts_module(module: nn.Module) -> bool:

@@ -110,19 +110,7 @@ def adapter_router_reference(
     return ids_TX, weights_TX
 
 
-@torch.library.custom_op("perft::adapter_router", mutates_args=())
-def adapter_router(
-    h_TD: Tensor,
-    base_ids_TK: Tensor,
-    base_weights_TK: Tensor,
-    adapter_T: Tensor,
-    gate_SD: Tensor,
-    rule_A6: Tensor,
-    gate_row_A: Tensor,
-    width: int,
-) -> tuple[Tensor, Tensor]:
-    """(ids_TX, weights_TX) of every token of a mixed batch; see the contract at the head of this file."""
-    return adapter_router_reference(h_TD, base_ids_TK, base_weights_TK, adapter_T, gate_SD, rule_A6, gate_row_A, width)
+adapter_router = torch.library.custom_op("perft::adapter_router", adapter_router_reference, mutates_args=())
 
 
 @adapter_router.register_fake

@@ -89,7 +89,7 @@ def _active_pairs(ids_TX: Tensor, rank_E: Tensor) -> tuple[Tensor, Tensor, Tenso
     return token_P, slot_P, ids_TX[token_P, slot_P]
 
 
-def _backward_reference(
+def routed_units_backward_reference(
     grad_TD: Tensor,
     h_TD: Tensor,
     ids_TX: Tensor,
@@ -103,7 +103,10 @@ def _backward_reference(
     silu_E: Tensor,
     mask_TXR: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of h, weights, down, up. The bottleneck is computed again; one pass over the active adapter experts."""
+    """Gradients of h, weights, down and up, each with the shape and dtype of what it belongs to.
+
+    The bottleneck is computed again, in one pass over the active adapter experts.
+    """
     grad_h_TD = torch.zeros(h_TD.shape, dtype=torch.float32, device=h_TD.device)
     grad_weights_TX = torch.zeros(weights_TX.shape, dtype=torch.float32, device=h_TD.device)
     grad_down_SD = torch.zeros_like(down_SD)
@@ -143,36 +146,7 @@ def _backward_reference(
     return grad_h_TD.to(h_TD.dtype), grad_weights_TX.to(weights_TX.dtype), grad_down_SD, grad_up_SD
 
 
-@torch.library.custom_op("perft::routed_units", mutates_args=())
-def routed_units(
-    y_TD: Tensor,
-    h_TD: Tensor,
-    ids_TX: Tensor,
-    weights_TX: Tensor,
-    down_SD: Tensor,
-    up_SD: Tensor,
-    down_row_E: Tensor,
-    up_row_E: Tensor,
-    rank_E: Tensor,
-    scale_E: Tensor,
-    silu_E: Tensor,
-    mask_TXR: Tensor | None = None,
-) -> Tensor:
-    """`y_TD` plus the delta of the chosen adapter experts; see the contract at the head of this file."""
-    return routed_units_reference(
-        y_TD,
-        h_TD,
-        ids_TX,
-        weights_TX,
-        down_SD,
-        up_SD,
-        down_row_E,
-        up_row_E,
-        rank_E,
-        scale_E,
-        silu_E,
-        mask_TXR,
-    )
+routed_units = torch.library.custom_op("perft::routed_units", routed_units_reference, mutates_args=())
 
 
 @routed_units.register_fake
@@ -180,36 +154,9 @@ def _(y_TD, h_TD, *_args, **_kwargs):  # type: ignore[no-untyped-def]
     return torch.empty_like(y_TD)
 
 
-@torch.library.custom_op("perft::routed_units_backward", mutates_args=())
-def routed_units_backward(
-    grad_TD: Tensor,
-    h_TD: Tensor,
-    ids_TX: Tensor,
-    weights_TX: Tensor,
-    down_SD: Tensor,
-    up_SD: Tensor,
-    down_row_E: Tensor,
-    up_row_E: Tensor,
-    rank_E: Tensor,
-    scale_E: Tensor,
-    silu_E: Tensor,
-    mask_TXR: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `routed_units` for (h, weights, down, up), each with the shape and dtype of what it belongs to."""
-    return _backward_reference(
-        grad_TD,
-        h_TD,
-        ids_TX,
-        weights_TX,
-        down_SD,
-        up_SD,
-        down_row_E,
-        up_row_E,
-        rank_E,
-        scale_E,
-        silu_E,
-        mask_TXR,
-    )
+routed_units_backward = torch.library.custom_op(
+    "perft::routed_units_backward", routed_units_backward_reference, mutates_args=()
+)
 
 
 @routed_units_backward.register_fake

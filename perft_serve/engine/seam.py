@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from perft.moe import ExpertsWrapper
 from perft_kernels.adapter_router import adapter_router
 from perft_kernels.paged_attention import kv_write, paged_attention
 from perft_kernels.routed_units import routed_units
@@ -140,23 +141,13 @@ class Seam:
         return out_TD.view(y.shape)
 
 
-class ServedExperts(nn.Module):
+class ServedExperts(ExpertsWrapper):
     """An experts module with the seam behind it."""
 
     def __init__(self, base_layer: nn.Module, ordinal: int, seam: Seam) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self._ordinal = ordinal
         self._seam = seam
-
-    def __getattr__(self, name: str) -> Any:
-        # models read settings of their experts module (`num_experts`, ...): they are the base layer's
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, h: Tensor, base_ids_TK: Tensor, base_weights_TK: Tensor) -> Tensor:
         """As the base layer's, plus the deltas."""
