@@ -268,7 +268,6 @@ OF_ONE_MACHINE = re.compile(
     "|".join(
         (
             r"(?<![\w.~-])/(?:" + "root|home|Users|work|opt|mnt" + r")/\w",
-            "/" + r"tmp/\w",
             "pythonhosted" + r"\.org",
             "index" + "-url",
         )
