@@ -22,7 +22,7 @@ from perft_serve import LLM, SamplingParams
 DEMO = Path(__file__).parent
 ADAPTERS = DEMO / "adapters"
 DEFAULT_MODEL = DEMO.parent / ".cache" / "smolmixtral"
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

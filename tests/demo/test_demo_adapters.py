@@ -18,7 +18,7 @@ from perft.demo_base import build_demo_base
 REPO = Path(__file__).parents[2]
 ADAPTERS = REPO / "demo" / "adapters"
 TASKS = ("dates", "sql", "tickets")
-NUM_PROMPTS = 24
+NUM_PROMPTS = 16
 
 
 def load_script(name: str) -> ModuleType:
