@@ -175,6 +175,9 @@ def write_adapter(
         for kind, tensor in rows.named().items()
     }
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(
+        0o644
+    )  # safetensors makes it its owner's alone, but a server may run as somebody else
     config.save_pretrained(folder)
 
 

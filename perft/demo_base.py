@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 from perft.errors import PerftError
 
@@ -163,8 +164,6 @@ def _with_noise(weight: Tensor, noise: float, rng: torch.Generator) -> Tensor:
 
 
 def _write_base(folder: Path, source: Path, recipe: DemoBaseRecipe) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig, MixtralForCausalLM
-
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
     dense = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
     old = dense.config

@@ -5,7 +5,7 @@ Contract
 
     down_e is `rank[e]` rows of the pool `down_SD` from row `down_row[e]`, each dotted with h; up_e is `rank[e]` rows of
     `up_SD` from row `up_row[e]`, summed with the bottleneck's values as coefficients. act_e is SiLU where `silu[e]`,
-    else the identity (`parallel` and `lora` units, DESIGN equation of PERFT, arXiv 2411.08212).
+    else the identity (`parallel` and `lora` units of PERFT, arXiv 2411.08212).
 
     | tensor      | shape  | dtype           | meaning                                                        |
     |-------------|--------|-----------------|----------------------------------------------------------------|
