@@ -114,7 +114,7 @@ class AdapterStore:
             assert adapter.config.top_k is not None
             return adapter.config.top_k
         if adapter.config.variant == "E":
-            # the base's top-k; a base that does not say it could at the most take all
+            # the base's top-k; where nobody knows it, a token could at the most take all
             return self._arena.blocks[0].top_k or adapter.num_experts
         return adapter.num_experts
 

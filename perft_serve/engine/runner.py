@@ -5,6 +5,7 @@ It knows no queue and no names: adapters are slots of the arena here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,10 +50,13 @@ class Runner:
         self.max_position_embeddings = int(getattr(text_config, "max_position_embeddings", 0)) or None
         self.eos_token_ids = _eos_token_ids(self._model)
         self.dtype = self._model.dtype
-        self.arena = AdapterArena(find_moe_blocks(self._model), config.adapter_memory, self.dtype, self.device)
+        blocks = find_moe_blocks(self._model)
         self._seam = Seam()
-        install(self._model, self.arena, self._seam)
+        install(self._model, blocks, self._seam)
         shapes = self._kv_shapes(text_config)
+        blocks = [replace(block, top_k=self._seam.base_top_k) for block in blocks]  # seen, whatever the config says
+        self.arena = AdapterArena(blocks, config.adapter_memory, self.dtype, self.device)
+        self._seam.arena = self.arena
         page_bytes = sum(heads * (key_dim + value_dim) for heads, key_dim, value_dim in shapes.values())
         page_bytes *= config.page_size * self.dtype.itemsize
         self.num_pages = config.kv_memory // page_bytes

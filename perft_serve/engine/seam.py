@@ -5,13 +5,14 @@ were made. The model itself is Transformers' own, whatever its family.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from perft.moe import ExpertsWrapper
+from perft.moe import ExpertsWrapper, MoeBlock
 from perft_kernels.adapter_router import adapter_router
 from perft_kernels.paged_attention import kv_write, paged_attention
 from perft_kernels.routed_units import routed_units
@@ -78,7 +79,8 @@ class KvCache:
 class Seam:
     """What the wrapped modules of one model read during a forward pass; the runner sets `batch` before each.
 
-    Without a KV cache it only notes the shapes of keys and values (`kv_shapes`), which is how they are found out.
+    Without a KV cache it only notes what the model does: the shapes of keys and values of each layer (`kv_shapes`) and how
+    many base experts a token takes (`base_top_k`).
     """
 
     def __init__(self) -> None:
@@ -86,6 +88,7 @@ class Seam:
         self.cache: KvCache | None = None
         self.arena: AdapterArena | None = None
         self.kv_shapes: dict[int, tuple[int, int, int]] = {}
+        self.base_top_k = 0
 
     def attend(
         self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, scale: float, window: int | None, sinks: Any
@@ -112,6 +115,8 @@ class Seam:
     def add_delta(self, ordinal: int, y: Tensor, h: Tensor, base_ids_TK: Tensor, base_weights_TK: Tensor) -> Tensor:
         """The base experts' output plus each token's adapter's delta, in MoE block number `ordinal`."""
         batch, arena = self.batch, self.arena
+        if self.cache is None:
+            self.base_top_k = base_ids_TK.shape[1]
         if batch is None or arena is None or batch.width == 0:
             return y
         h_TD = h.view(-1, h.shape[-1])
@@ -155,10 +160,9 @@ class ServedExperts(ExpertsWrapper):
         return self._seam.add_delta(self._ordinal, y, h, base_ids_TK, base_weights_TK)
 
 
-def install(model: PreTrainedModel, arena: AdapterArena, seam: Seam) -> None:
-    """Put the seam behind every MoE block of `model`, and paged attention into all its layers."""
-    seam.arena = arena
-    for ordinal, block in enumerate(arena.blocks):
+def install(model: PreTrainedModel, blocks: Sequence[MoeBlock], seam: Seam) -> None:
+    """Put the seam behind the MoE blocks of `model`, and paged attention into all its layers."""
+    for ordinal, block in enumerate(blocks):
         parent_name, _, child_name = block.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         setattr(parent, child_name, ServedExperts(getattr(parent, child_name), ordinal, seam))
