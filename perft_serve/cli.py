@@ -15,8 +15,8 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from perft.demo_base import build_demo_base
+from perft_serve.adapters.store import find_adapters
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.engine import Engine
 from perft_serve.server.app import build_app
@@ -175,14 +176,18 @@ def _demo(args: argparse.Namespace) -> None:
     with console.status(f"Building the demo base in {args.base_dir}, or checking it (under a minute)"):
         build_demo_base(args.base_dir, experts=4, top_k=2)
     engine_config = _config_of(EngineConfig, args, model=str(args.base_dir), adapters={})
-    serve(engine_config, _config_of(ServerConfig, args, served_model_name="smolmixtral"), show_example=True)
+    serve(
+        engine_config,
+        _config_of(ServerConfig, args, served_model_name="smolmixtral"),
+        _demo_examples(Path(args.adapter_dir)),
+    )
 
 
-def serve(engine_config: EngineConfig, config: ServerConfig, *, show_example: bool = False) -> None:
+def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[Example] = ()) -> None:
     """Serves until SIGINT or SIGTERM; then requests in flight may finish, up to `config.shutdown_timeout`.
 
     Args:
-        show_example: print a line to try once the server is up.
+        examples: requests to print as command lines once the server is up.
 
     Raises:
         ValueError: a setting, the base or an adapter cannot be used.
@@ -205,7 +210,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, *, show_example: bo
             names = [info.name for info in client.adapters]
             server = _Server(
                 uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=config.shutdown_timeout),
-                announcement=_announcement(config.host, port, base_name, names, show_example=show_example),
+                announcement=_announcement(config.host, port, base_name, names, examples),
             )
             _run(server, listener)
         finally:
@@ -258,21 +263,43 @@ def _base_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _announcement(host: str, port: int, base_name: str, adapters: Sequence[str], *, show_example: bool) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """A request to try: the route and what goes into its body beside the common settings."""
+
+    path: str
+    body: Mapping[str, Any]
+
+    def curl(self, url: str) -> str:
+        """A command line for it."""
+        body = {**self.body, "max_tokens": 40, "temperature": 0}
+        return f"curl -s {url}{self.path} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+
+
+def _demo_examples(adapter_dir: Path) -> list[Example]:
+    """One request for each demo adapter that has held-out data beside it (`demo/data`): a question it has never seen."""
+    examples = []
+    for name in find_adapters(adapter_dir):
+        file = adapter_dir.parent / "data" / f"{name}.heldout.jsonl"
+        if file.is_file():
+            record = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+            if "messages" in record:
+                asked = {"model": name, "messages": record["messages"][:-1]}
+                examples.append(Example(path="/v1/chat/completions", body=asked))
+            else:
+                examples.append(Example(path="/v1/completions", body={"model": name, "prompt": record["prompt"]}))
+    return examples
+
+
+def _announcement(
+    host: str, port: int, base_name: str, adapters: Sequence[str], examples: Sequence[Example] = ()
+) -> str:
     reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{reachable}:{port}"
     lines = [f"Serving {base_name} and {len(adapters)} adapters on {url}"]
-    if show_example:
-        body = {
-            "model": adapters[0] if adapters else base_name,
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "max_tokens": 32,
-            "temperature": 0,
-        }
-        lines += [
-            f"Models: {', '.join([base_name, *adapters])}. Try:",
-            f"curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}",
-        ]
+    if examples:
+        lines.append(f"Models: {', '.join([base_name, *adapters])}. Try (and then with another model's name):")
+        lines += [example.curl(url) for example in examples]
     return "\n".join(lines)
 
 

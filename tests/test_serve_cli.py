@@ -149,12 +149,27 @@ def test_the_demo_without_its_adapters_says_so(capsys: pytest.CaptureFixture[str
     assert "no demo adapters at" in capsys.readouterr().err
 
 
-def test_the_line_to_try_is_a_curl_command() -> None:
-    text = cli._announcement("0.0.0.0", 8000, "base", ["it's"], show_example=True)
-    command = shlex.split(text.splitlines()[-1])
-    assert command[:3] == ["curl", "-s", "http://127.0.0.1:8000/v1/chat/completions"]
-    body = json.loads(command[-1])
-    assert body["model"] == "it's"
+def test_the_lines_to_try_are_curl_commands(tmp_path: Path) -> None:
+    """Each demo adapter is asked something from the data that was held out, by the route that fits it."""
+    records = {
+        "chat's": {"messages": [{"role": "user", "content": "it's?"}, {"role": "assistant", "content": "yes"}]},
+        "plain": {"prompt": "one, two,", "completion": " three"},
+    }
+    (tmp_path / "data").mkdir()
+    for name, record in records.items():
+        (tmp_path / "adapters" / name).mkdir(parents=True)
+        (tmp_path / "adapters" / name / "adapter_config.json").write_text("{}")
+        (tmp_path / "data" / f"{name}.heldout.jsonl").write_text(json.dumps(record) + "\n")
+    examples = cli._demo_examples(tmp_path / "adapters")
+    lines = cli._announcement("0.0.0.0", 8000, "base", list(records), examples).splitlines()
+    commands = [shlex.split(line) for line in lines[-2:]]
+    assert [command[2] for command in commands] == [
+        "http://127.0.0.1:8000/v1/chat/completions",
+        "http://127.0.0.1:8000/v1/completions",
+    ]
+    chat, plain = (json.loads(command[-1]) for command in commands)
+    assert (chat["model"], chat["messages"]) == ("chat's", records["chat's"]["messages"][:1])
+    assert (plain["model"], plain["prompt"]) == ("plain", "one, two,")
 
 
 class Process:
