@@ -176,11 +176,8 @@ def _demo(args: argparse.Namespace) -> None:
     with console.status(f"Building the demo base in {args.base_dir}, or checking it (under a minute)"):
         build_demo_base(args.base_dir, experts=4, top_k=2)
     engine_config = _config_of(EngineConfig, args, model=str(args.base_dir), adapters={})
-    serve(
-        engine_config,
-        _config_of(ServerConfig, args, served_model_name="smolmixtral"),
-        _demo_examples(Path(args.adapter_dir)),
-    )
+    server_config = _config_of(ServerConfig, args, served_model_name="smolmixtral")
+    serve(engine_config, server_config, _demo_examples(Path(args.adapter_dir)))
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[Example] = ()) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,7 +26,7 @@ from perft_serve.server.config import ServerConfig
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerConfig]]:
     """Nothing is served; what would have been is noted."""
     calls: list[tuple[EngineConfig, ServerConfig]] = []
-    monkeypatch.setattr(cli, "serve", lambda engine, server, **_: calls.append((engine, server)))
+    monkeypatch.setattr(cli, "serve", lambda engine, server, *_: calls.append((engine, server)))
     return calls
 
 
@@ -151,7 +152,7 @@ def test_the_demo_without_its_adapters_says_so(capsys: pytest.CaptureFixture[str
 
 def test_the_lines_to_try_are_curl_commands(tmp_path: Path) -> None:
     """Each demo adapter is asked something from the data that was held out, by the route that fits it."""
-    records = {
+    records: dict[str, dict[str, Any]] = {
         "chat's": {"messages": [{"role": "user", "content": "it's?"}, {"role": "assistant", "content": "yes"}]},
         "plain": {"prompt": "one, two,", "completion": " three"},
     }
