@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from driving import Output, request, run
+from safetensors.torch import load_file, save_file
 from served import Served
+from tiny import random_adapter
 
+from perft import PerftConfig
 from perft.adapter import read_adapter
 from perft.errors import AdapterError
 from perft_serve.engine.engine import Engine
@@ -124,6 +129,49 @@ def test_adapters_come_and_go(mixtral: Served, expected: dict[str, Output]) -> N
         assert outputs[name].token_ids == want.token_ids
     with pytest.raises(AdapterError, match="already"):
         engine.load_adapter("R-lora", mixtral.adapters["R-lora"])
+
+
+def test_a_broken_adapter_is_refused_while_others_run(
+    mixtral: Served, expected: dict[str, Output], tmp_path: Path
+) -> None:
+    """Missing tensor, NaN, cut file, pickle, another base: an error that names it, nothing taken, requests go on."""
+    engine = mixtral.engine()
+    free = engine._runner.arena.num_free_bytes
+    engine.submit(request("e", [3, 1, 4, 1, 5], "E-parallel"))
+    output = Output()
+    blocks = engine._runner.arena.blocks
+    wide = [replace(block, hidden_size=64) for block in blocks]
+    random_adapter(tmp_path / "another base", PerftConfig(variant="S", r=2), wide)
+    for name in ("missing", "nan", "cut", "pickle"):
+        file = random_adapter(tmp_path / name, PerftConfig(variant="S", r=2), blocks) / "adapter_model.safetensors"
+        tensors = load_file(file)
+        if name == "missing":
+            del tensors[next(iter(tensors))]
+        elif name == "nan":
+            next(iter(tensors.values()))[0, 0, 0] = float("nan")
+        save_file(tensors, file)
+        if name == "cut":
+            file.write_bytes(file.read_bytes()[:-7])
+        elif name == "pickle":
+            file.rename(file.with_name("adapter_model.bin"))
+    messages = {
+        "missing": "is missing",
+        "nan": "NaN or infinity",
+        "cut": "not a whole safetensors file",
+        "pickle": "never loaded",
+        "another base": "another base",
+    }
+    for name, message in messages.items():
+        with pytest.raises(AdapterError, match=f"adapter 'bad': .*{message}"):
+            engine.load_adapter("bad", str(tmp_path / name))
+        for event in engine.step():
+            output.add(event)
+    assert engine._runner.arena.num_free_bytes == free
+    assert "bad" not in {info.name for info in engine.list_adapters()}
+    while engine.has_work():
+        for event in engine.step():
+            output.add(event)
+    assert output.token_ids == expected["e"].token_ids
 
 
 def test_arena_holds_what_adapters_weigh(mixtral: Served) -> None:
