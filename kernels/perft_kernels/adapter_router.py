@@ -81,8 +81,10 @@ def adapter_router_reference(
     # adapters that follow one rule are taken together; the rule as one number is quicker to tell apart than as a row
     code_P = (rule_P6 * rule_P6.new_tensor(_RULE_CODE)).sum(1)
     _, group_P = torch.unique(code_P, return_inverse=True)
-    for group in range(int(group_P.max()) + 1):
-        sel_p = (group_P == group).nonzero().squeeze(1)
+    num_groups = int(group_P.max()) + 1
+    everyone_p = torch.arange(token_P.numel(), device=token_P.device)
+    for group in range(num_groups):
+        sel_p = (group_P == group).nonzero().squeeze(1) if num_groups > 1 else everyone_p
         token_p = token_P[sel_p]
         kind, num_experts, top_k, norm, base_rank, _ = rule_P6[sel_p[0]].tolist()
         if kind == KIND_ALL:

@@ -36,6 +36,9 @@ from torch import Tensor
 
 from perft_kernels._rows import row_scores
 
+# up to so many tokens, gathering every pair's rows is cheaper than finding the pairs that share them
+_MAX_DECODE_TOKENS = 64
+
 
 def routed_units_reference(
     y_TD: Tensor,
@@ -52,9 +55,73 @@ def routed_units_reference(
     mask_TXR: Tensor | None = None,
 ) -> Tensor:
     """The contract above in plain torch, without a loop over tokens: the specification, and the CPU backend."""
+    if ids_TX.numel() == 0 or rank_E.numel() == 0:
+        return y_TD.clone()
+    units = (down_SD, up_SD, down_row_E, up_row_E, scale_E, silu_E)
+    rank = _common_rank(ids_TX, rank_E) if ids_TX.shape[0] <= _MAX_DECODE_TOKENS else 0
+    if rank:
+        delta_TD = _delta_of_one_rank(h_TD, ids_TX, weights_TX, *units, mask_TXR, rank)
+    else:
+        delta_TD = _ragged_delta(h_TD, ids_TX, weights_TX, *units, mask_TXR, rank_E)
+    return (y_TD.float() + delta_TD.float()).to(y_TD.dtype)
+
+
+def _common_rank(ids_TX: Tensor, rank_E: Tensor) -> int:
+    """The rank of all pairs, if every slot of every token holds a pair and all have one rank; else 0."""
+    least, most = ids_TX.aminmax()
+    if int(least) < 0 or int(most) >= rank_E.shape[0]:
+        return 0
+    least, most = rank_E[ids_TX].aminmax()
+    return int(least) if least == most else 0
+
+
+def _delta_of_one_rank(
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None,
+    rank: int,
+) -> Tensor:
+    """The delta of a small batch of equals, such as a decode step of a fleet of like adapters: no bookkeeping per pair."""
+    num_tokens, width = ids_TX.shape
+    offset_R = torch.arange(rank, device=ids_TX.device)
+
+    def rows(first_row_E: Tensor) -> Tensor:
+        return (first_row_E[ids_TX].unsqueeze(2) + offset_R).view(num_tokens, width * rank)
+
+    rows_TXRD = down_SD.index_select(0, rows(down_row_E).view(-1)).float().view(num_tokens, width * rank, -1)
+    z_TXR = torch.bmm(rows_TXRD, h_TD.float().unsqueeze(2)).view(num_tokens, width, rank)
+    if mask_TXR is not None:
+        z_TXR = z_TXR * mask_TXR
+    a_TXR = torch.where(silu_E[ids_TX].unsqueeze(2), F.silu(z_TXR), z_TXR)
+    a_TXR = a_TXR * (weights_TX * scale_E[ids_TX]).unsqueeze(2)
+    coefficients = a_TXR.view(num_tokens, width * rank).to(up_SD.dtype)
+    return F.embedding_bag(rows(up_row_E), up_SD, mode="sum", per_sample_weights=coefficients)
+
+
+def _ragged_delta(
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None,
+    rank_E: Tensor,
+) -> Tensor:
+    """The delta of any batch: each pair with its own rank, hot adapter experts in GEMMs of their own."""
     token_P, slot_P, expert_P = _active_pairs(ids_TX, rank_E)
     if token_P.numel() == 0:
-        return y_TD.clone()
+        return torch.zeros_like(h_TD)
     rank_P = rank_E[expert_P]
     end_P = rank_P.cumsum(0)  # pair p owns the coefficients [end - rank, end)
     start_P = end_P - rank_P
@@ -71,14 +138,13 @@ def routed_units_reference(
         row_S[at_pR] = up_row_E[expert_P[sel_p]].unsqueeze(1) + offset_R
     # one bag per token: pairs are in token order, so a token's sum always runs in the order of its own slots
     rows_T = torch.zeros(h_TD.shape[0], dtype=torch.int64, device=h_TD.device).index_add_(0, token_P, rank_P)
-    delta_TD = F.embedding_bag(
+    return F.embedding_bag(
         row_S,
         up_SD,
         rows_T.cumsum(0) - rows_T,
         mode="sum",
         per_sample_weights=coefficient_S.to(up_SD.dtype),
     )
-    return (y_TD.float() + delta_TD.float()).to(y_TD.dtype)
 
 
 def _active_pairs(ids_TX: Tensor, rank_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:

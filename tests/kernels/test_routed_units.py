@@ -117,6 +117,23 @@ def test_values(tokens: int, hidden: int, ranks: list[int], width: int, dtype: t
     assert_close("out", got, by_the_formula(case), RMS_TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", list(RMS_TOLERANCE))
+@pytest.mark.parametrize("tokens", [1, 5, 64, 65])
+def test_batches_of_equals(tokens: int, dtype: torch.dtype, masked: bool) -> None:
+    """One rank and no empty slot: up to 64 tokens take the short way through, with the same result."""
+    case = make(tokens, 24, [3] * 7, 2, dtype)
+    case.ids_TX.clamp_(min=0)
+    if masked:
+        case = replace(case, mask_TXR=(torch.rand(tokens, 2, 3) > 0.3).float())
+    want = by_the_formula(case)
+    assert_close("out", routed_units(*case.args()), want, RMS_TOLERANCE[dtype])
+    with_a_gap = replace(case, ids_TX=torch.cat([case.ids_TX, torch.full((tokens, 1), -1)], dim=1))
+    if not masked:
+        gap_weights = replace(with_a_gap, weights_TX=torch.cat([case.weights_TX, torch.ones(tokens, 1)], dim=1))
+        assert_close("the long way", routed_units(*gap_weights.args()), want, RMS_TOLERANCE[dtype])
+
+
 def test_wild_ids_and_empty_experts_add_nothing() -> None:
     case = make(9, 16, [4, 2, 3], 2)
     case.ids_TX[:, 0] = torch.tensor([-1, -(2**40), 3, 4, 10**9, 2**62, -2, 3, 99])
