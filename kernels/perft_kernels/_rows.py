@@ -14,6 +14,8 @@ from torch import Tensor
 
 # From this many tokens on, one block's rows are multiplied in a GEMM of their own; below, rows are gathered per pair.
 _MIN_GEMM_TOKENS = 8
+# Up to so many rows in all, they are gathered without looking whether pairs share them.
+_MAX_GATHERED_ROWS = 512
 
 
 def row_scores(
@@ -43,7 +45,7 @@ def row_scores(
 def block_scores(x_TD: Tensor, token_P: Tensor, pool_SD: Tensor, first_row_P: Tensor, count: int) -> Tensor:
     """`row_scores` of pairs whose blocks all have `count` rows: float32 `[P, count]`."""
     num_pairs = token_P.numel()
-    if num_pairs < _MIN_GEMM_TOKENS:
+    if num_pairs < _MIN_GEMM_TOKENS or num_pairs * count <= _MAX_GATHERED_ROWS:
         return _gathered(x_TD, token_P, pool_SD, first_row_P, count)
     sorted_P, order_P = first_row_P.sort(stable=True)
     blocks_G, sizes_G = torch.unique_consecutive(sorted_P, return_counts=True)

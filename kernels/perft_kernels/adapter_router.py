@@ -94,8 +94,9 @@ def adapter_router_reference(
             local_px, weights_px = base_ids_TK[token_p].long(), base_weights_TK[token_p].float()
         else:
             gate_row_p = gate_row_A[adapter_T[token_p]]
-            adapted_p = gate_row_p >= 0
-            sel_p, token_p, gate_row_p = sel_p[adapted_p], token_p[adapted_p], gate_row_p[adapted_p]
+            if int(gate_row_p.min()) < 0:
+                adapted_p = gate_row_p >= 0
+                sel_p, token_p, gate_row_p = sel_p[adapted_p], token_p[adapted_p], gate_row_p[adapted_p]
             if token_p.numel() == 0:
                 continue
             logits_pM = block_scores(h_TD, token_p, gate_SD, gate_row_p, num_experts)
