@@ -30,6 +30,8 @@ Contract
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,13 +59,25 @@ def routed_units_reference(
     """The contract above in plain torch, without a loop over tokens: the specification, and the CPU backend."""
     if ids_TX.numel() == 0 or rank_E.numel() == 0:
         return y_TD.clone()
-    units = (down_SD, up_SD, down_row_E, up_row_E, scale_E, silu_E)
+    units = _Units(down_SD, up_SD, down_row_E, up_row_E, rank_E, scale_E, silu_E)
     rank = _common_rank(ids_TX, rank_E) if ids_TX.shape[0] <= _MAX_DECODE_TOKENS else 0
     if rank:
-        delta_TD = _delta_of_one_rank(h_TD, ids_TX, weights_TX, *units, mask_TXR, rank)
+        delta_TD = _delta_of_one_rank(h_TD, ids_TX, weights_TX, units, mask_TXR, rank)
     else:
-        delta_TD = _ragged_delta(h_TD, ids_TX, weights_TX, *units, mask_TXR, rank_E)
+        delta_TD = _ragged_delta(h_TD, ids_TX, weights_TX, units, mask_TXR)
     return (y_TD.float() + delta_TD.float()).to(y_TD.dtype)
+
+
+class _Units(NamedTuple):
+    """The adapter experts' rows and tables, as in the contract."""
+
+    down_SD: Tensor
+    up_SD: Tensor
+    down_row_E: Tensor
+    up_row_E: Tensor
+    rank_E: Tensor
+    scale_E: Tensor
+    silu_E: Tensor
 
 
 def _common_rank(ids_TX: Tensor, rank_E: Tensor) -> int:
@@ -79,12 +93,7 @@ def _delta_of_one_rank(
     h_TD: Tensor,
     ids_TX: Tensor,
     weights_TX: Tensor,
-    down_SD: Tensor,
-    up_SD: Tensor,
-    down_row_E: Tensor,
-    up_row_E: Tensor,
-    scale_E: Tensor,
-    silu_E: Tensor,
+    units: _Units,
     mask_TXR: Tensor | None,
     rank: int,
 ) -> Tensor:
@@ -95,55 +104,53 @@ def _delta_of_one_rank(
     def rows(first_row_E: Tensor) -> Tensor:
         return (first_row_E[ids_TX].unsqueeze(2) + offset_R).view(num_tokens, width * rank)
 
-    rows_TXRD = down_SD.index_select(0, rows(down_row_E).view(-1)).float().view(num_tokens, width * rank, -1)
+    rows_TXRD = (
+        units.down_SD.index_select(0, rows(units.down_row_E).view(-1)).float().view(num_tokens, width * rank, -1)
+    )
     z_TXR = torch.bmm(rows_TXRD, h_TD.float().unsqueeze(2)).view(num_tokens, width, rank)
     if mask_TXR is not None:
         z_TXR = z_TXR * mask_TXR
-    a_TXR = torch.where(silu_E[ids_TX].unsqueeze(2), F.silu(z_TXR), z_TXR)
-    a_TXR = a_TXR * (weights_TX * scale_E[ids_TX]).unsqueeze(2)
-    coefficients = a_TXR.view(num_tokens, width * rank).to(up_SD.dtype)
-    return F.embedding_bag(rows(up_row_E), up_SD, mode="sum", per_sample_weights=coefficients)
+    a_TXR = torch.where(units.silu_E[ids_TX].unsqueeze(2), F.silu(z_TXR), z_TXR)
+    a_TXR = a_TXR * (weights_TX * units.scale_E[ids_TX]).unsqueeze(2)
+    coefficients = a_TXR.view(num_tokens, width * rank).to(units.up_SD.dtype)
+    return F.embedding_bag(rows(units.up_row_E), units.up_SD, mode="sum", per_sample_weights=coefficients)
 
 
 def _ragged_delta(
     h_TD: Tensor,
     ids_TX: Tensor,
     weights_TX: Tensor,
-    down_SD: Tensor,
-    up_SD: Tensor,
-    down_row_E: Tensor,
-    up_row_E: Tensor,
-    scale_E: Tensor,
-    silu_E: Tensor,
+    units: _Units,
     mask_TXR: Tensor | None,
-    rank_E: Tensor,
 ) -> Tensor:
     """The delta of any batch: each pair with its own rank, hot adapter experts in GEMMs of their own."""
-    token_P, slot_P, expert_P = _active_pairs(ids_TX, rank_E)
+    token_P, slot_P, expert_P = _active_pairs(ids_TX, units.rank_E)
     if token_P.numel() == 0:
         return torch.zeros_like(h_TD)
-    rank_P = rank_E[expert_P]
+    rank_P = units.rank_E[expert_P]
     end_P = rank_P.cumsum(0)  # pair p owns the coefficients [end - rank, end)
     start_P = end_P - rank_P
     coefficient_S = torch.empty(int(end_P[-1]), dtype=torch.float32, device=h_TD.device)
     row_S = torch.empty_like(coefficient_S, dtype=torch.int64)
-    factor_P = weights_TX[token_P, slot_P].float() * scale_E[expert_P]
-    for sel_p, z_pR in row_scores(h_TD, token_P, down_SD, down_row_E[expert_P], rank_P):
+    factor_P = weights_TX[token_P, slot_P].float() * units.scale_E[expert_P]
+    for sel_p, z_pR in row_scores(h_TD, token_P, units.down_SD, units.down_row_E[expert_P], rank_P):
         if mask_TXR is not None:
             z_pR = z_pR * mask_TXR[token_P[sel_p], slot_P[sel_p]]
-        a_pR = torch.where(silu_E[expert_P[sel_p]].unsqueeze(1), F.silu(z_pR), z_pR) * factor_P[sel_p].unsqueeze(1)
+        a_pR = torch.where(units.silu_E[expert_P[sel_p]].unsqueeze(1), F.silu(z_pR), z_pR) * factor_P[sel_p].unsqueeze(
+            1
+        )
         offset_R = torch.arange(z_pR.shape[1], device=z_pR.device)
         at_pR = start_P[sel_p].unsqueeze(1) + offset_R
         coefficient_S[at_pR] = a_pR
-        row_S[at_pR] = up_row_E[expert_P[sel_p]].unsqueeze(1) + offset_R
+        row_S[at_pR] = units.up_row_E[expert_P[sel_p]].unsqueeze(1) + offset_R
     # one bag per token: pairs are in token order, so a token's sum always runs in the order of its own slots
     rows_T = torch.zeros(h_TD.shape[0], dtype=torch.int64, device=h_TD.device).index_add_(0, token_P, rank_P)
     return F.embedding_bag(
         row_S,
-        up_SD,
+        units.up_SD,
         rows_T.cumsum(0) - rows_T,
         mode="sum",
-        per_sample_weights=coefficient_S.to(up_SD.dtype),
+        per_sample_weights=coefficient_S.to(units.up_SD.dtype),
     )
 
 
