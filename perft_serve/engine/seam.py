@@ -30,8 +30,6 @@ _HARMLESS = frozenset(
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
-        "is_causal",
-        "position_bias",
         "return_dict",
         "logits_to_keep",
     }
@@ -183,6 +181,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Transformers' attention call, `[1, H, T, C]` each, handed to the seam that the runner passed to `forward`."""
+    if kwargs.pop("is_causal", None) is False:
+        raise NotImplementedError(f"{type(module).__name__} attends to later tokens too; paged attention is causal")
     unknown = {name for name, value in kwargs.items() if value is not None} - _HARMLESS
     if unknown:
         raise NotImplementedError(
