@@ -44,9 +44,9 @@ from transformers.utils.logging import disable_progress_bar
 
 import perft
 from perft.adapter import LayerTensors, write_adapter
+from perft.base import load_skeleton
 from perft.demo_base import build_demo_base
 from perft.moe import find_moe_blocks
-from perft.skeleton import load_skeleton
 from perft_serve import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]

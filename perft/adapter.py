@@ -139,7 +139,7 @@ def read_adapter(path: str | Path, blocks: Sequence[MoeBlock] | None = None) -> 
     config = read_config(path)
     file = Path(path) / WEIGHTS_FILE
     if not file.is_file():
-        pickles = sorted(entry.name for entry in Path(path).iterdir() if entry.suffix in _PICKLES)
+        pickles = pickled_files(Path(path))
         reason = (
             f"{', '.join(pickles)}: pickled weights can run code when they are read and are never loaded; save the adapter "
             "again with safe_serialization=True"
@@ -147,13 +147,30 @@ def read_adapter(path: str | Path, blocks: Sequence[MoeBlock] | None = None) -> 
             else "the file does not exist"
         )
         raise AdapterError(f"no {WEIGHTS_FILE} in {str(path)!r}: {reason}")
+    found = read_safetensors(file)
     try:
-        layers, digest = _read_tensors(file, config, blocks)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file}: not a whole safetensors file: {error}") from error
+        layers, digest = _sort_tensors(found, config, blocks)
     except PerftError as error:
         raise AdapterError(f"{file}: {error}") from error
     return Adapter(config=config, layers=layers, digest=digest)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name.
+
+    Raises:
+        AdapterError: it cannot be read, or is not whole.
+    """
+    try:
+        with safe_open(file, framework="pt") as reader:
+            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file}: not a whole safetensors file: {error}") from error
+
+
+def pickled_files(folder: Path) -> list[str]:
+    """Files in `folder` that look like pickled weights, to name them where they are refused."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLES)
 
 
 def write_adapter(
@@ -181,11 +198,10 @@ def write_adapter(
     config.save_pretrained(folder)
 
 
-def _read_tensors(
-    file: Path, config: PerftConfig, blocks: Sequence[MoeBlock] | None
+def _sort_tensors(
+    found: Mapping[str, Tensor], config: PerftConfig, blocks: Sequence[MoeBlock] | None
 ) -> tuple[dict[int, LayerTensors], str]:
-    with safe_open(file, framework="pt") as reader:
-        found = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - not a dict
+    """The tensors of a file by layer, every one accounted for, and the digest."""
     by_path: dict[str, dict[str, Tensor]] = {}
     left_over = []
     for key, tensor in found.items():

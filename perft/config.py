@@ -181,6 +181,17 @@ class PerftConfig(PeftConfig):
         """The factor on a unit's output: `alpha / r` for `lora`, 1 for `parallel`."""
         return 1.0 if self.alpha is None else self.alpha / self.r
 
+    def experts_per_token(self, num_experts: int, base_top_k: int | None) -> int | None:
+        """How many adapter experts a token takes: k for R, M for D and S, the base's K for E.
+
+        Args:
+            num_experts: M.
+            base_top_k: K, if it is known; E needs it.
+        """
+        if self.variant == "E":
+            return base_top_k
+        return self.top_k if self.variant == "R" else num_experts
+
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, without `target_modules`: it is derived from the model each time, never read from a file."""
         fields: dict[str, Any] = super().to_dict()

@@ -27,18 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from perft.adapter import Adapter, LayerTensors, read_adapter, write_adapter
+from perft.adapter import Adapter, LayerTensors, pickled_files, read_adapter, read_safetensors, write_adapter
+from perft.base import build_skeleton, load_config
 from perft.config import Combine, PerftConfig, Unit, Variant
 from perft.errors import AdapterError, PerftError
 from perft.moe import MoeBlock, find_moe_blocks
-from perft.skeleton import build_skeleton, load_config
 
 SOURCE_WEIGHTS = "model.safetensors"
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,18 +244,14 @@ def _check_base(checkpoint: Checkpoint, base_config: PreTrainedConfig, blocks: l
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
-        pickles = sorted(entry.name for entry in file.parent.iterdir() if entry.suffix in PICKLE_SUFFIXES)
+        pickles = pickled_files(file.parent)
         if pickles:
             raise AdapterError(
                 f"{file.parent} has {', '.join(pickles)} but no {SOURCE_WEIGHTS}: a pickle file can run code when it is "
                 "read and is never loaded; save the checkpoint again with safe_serialization=True"
             )
         raise AdapterError(f"{file} not found")
-    try:
-        with safe_open(file, framework="pt") as reader:
-            return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{file}: not a whole safetensors file: {error}") from error
+    return read_safetensors(file)
 
 
 def _collect_layers(

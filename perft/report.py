@@ -13,10 +13,10 @@ from typing import Any
 from rich.table import Table
 
 from perft.adapter import Adapter, read_adapter
+from perft.base import count_activated, load_skeleton
 from perft.config import PerftConfig
 from perft.errors import AdapterError
 from perft.moe import MoeBlock, find_moe_blocks
-from perft.skeleton import count_activated, load_skeleton
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,7 @@ def activated_per_layer(
     Returns:
         The count, or `None` if it depends on a base that is not known.
     """
-    used = _units_used(config, num_experts, base_top_k)
+    used = config.experts_per_token(num_experts, base_top_k)
     if used is None:
         return None
     router = num_experts * hidden_size if config.variant == "R" else 0
@@ -152,7 +152,7 @@ def _report(adapter: Adapter, *, base_top_k: int | None, base_activated: int | N
         variant=config.variant,
         unit=config.unit,
         num_experts=adapter.num_experts,
-        top_k=_units_used(config, adapter.num_experts, base_top_k),
+        top_k=config.experts_per_token(adapter.num_experts, base_top_k),
         r=config.r,
         scale=config.scale,
         combine=config.combine if config.variant == "R" else None,
@@ -165,12 +165,6 @@ def _report(adapter: Adapter, *, base_top_k: int | None, base_activated: int | N
         num_bytes=adapter.num_bytes,
         digest=adapter.digest,
     )
-
-
-def _units_used(config: PerftConfig, num_experts: int, base_top_k: int | None) -> int | None:
-    if config.variant == "E":
-        return base_top_k
-    return config.top_k if config.variant == "R" else num_experts
 
 
 def _common_top_k(blocks: list[MoeBlock]) -> int | None:

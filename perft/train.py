@@ -31,9 +31,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -44,6 +42,7 @@ from transformers import __version__ as transformers_version
 from transformers.trainer_utils import get_last_checkpoint
 
 from perft.adapter import Adapter, LayerTensors, read_adapter, write_adapter
+from perft.base import first_line, load_base
 from perft.config import PerftConfig
 from perft.data import PaddingCollator, TokenizedData, tokenize_files
 from perft.errors import BaseModelError, PerftError
@@ -100,7 +99,7 @@ def train(
     train_data, eval_data = _load_data(config, tokenizer)
     set_seed(config.seed)
     # a copy: attaching settles in place what depends on the base
-    model = get_peft_model(_load_base(config), copy.deepcopy(adapter))
+    model = get_peft_model(load_base(config.model, config.dtype), copy.deepcopy(adapter))
     checkpoint = get_last_checkpoint(str(output / CHECKPOINTS)) if resume else None
     output.mkdir(parents=True, exist_ok=True)
     _write_json(output / RUN_FILE, run)
@@ -260,17 +259,8 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"no tokenizer for the base model {model!r}: {_first_line(error)}") from error
+        raise BaseModelError(f"no tokenizer for the base model {model!r}: {first_line(error)}") from error
     return tokenizer
-
-
-def _load_base(config: TrainConfig) -> PreTrainedModel:
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"cannot load the base model {config.model!r}: {_first_line(error)}") from error
-    return model
 
 
 def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
@@ -366,7 +356,3 @@ def _stored(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

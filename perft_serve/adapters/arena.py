@@ -164,11 +164,6 @@ class AdapterArena:
         self._clear_rows(resident.first_row, resident.num_rows)
         self._experts.give(resident.first_expert, resident.num_experts)
 
-    def row_range(self, slot: int) -> tuple[int, int]:
-        """(first row, number of rows) of a resident adapter in the pool."""
-        resident = self._residents[slot]
-        return resident.first_row, resident.num_rows
-
     def _copy_rows(self, adapter: Adapter, first_row: int) -> None:
         rows_SD = torch.cat([t.reshape(-1, t.shape[-1]) for t in _in_row_order(adapter)])
         target_SD = self.rows_SD[first_row : first_row + rows_SD.shape[0]]

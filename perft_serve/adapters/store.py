@@ -67,7 +67,9 @@ class AdapterStore:
             raise type(error)(f"adapter {name!r}: {error}") from error
         self._slots[name] = slot
         self._infos[name] = self._describe(name, adapter)
-        self._widths[name] = self._width(adapter)
+        # where nobody knows the base's top-k, a token could at the most take all
+        width = adapter.config.experts_per_token(adapter.num_experts, self._arena.blocks[0].top_k)
+        self._widths[name] = width or adapter.num_experts
         return self._infos[name]
 
     def unload(self, name: str) -> None:
@@ -108,15 +110,6 @@ class AdapterStore:
             num_bytes=self._arena.num_bytes_of(adapter),
             digest=adapter.digest,
         )
-
-    def _width(self, adapter: Adapter) -> int:
-        if adapter.config.variant == "R":
-            assert adapter.config.top_k is not None
-            return adapter.config.top_k
-        if adapter.config.variant == "E":
-            # the base's top-k; where nobody knows it, a token could at the most take all
-            return self._arena.blocks[0].top_k or adapter.num_experts
-        return adapter.num_experts
 
 
 def find_adapters(folder: str | Path) -> Mapping[str, Path]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from perft.base import load_base
 from perft.errors import BaseModelError
 from perft.moe import find_moe_blocks
 from perft_serve.adapters.arena import AdapterArena
@@ -43,7 +44,7 @@ class Runner:
     def __init__(self, config: EngineConfig) -> None:
         self.device = _device(config.device)
         self._page_size = config.page_size
-        self._model = _load(config.model, config.dtype, self.device)
+        self._model = load_base(config.model, config.dtype, self.device).eval()
         text_config = self._model.config.get_text_config()
         _check_rope(text_config)
         self.vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
@@ -179,17 +180,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r}: this torch finds {torch.cuda.device_count()} CUDA devices")
     return device
-
-
-def _load(model: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(model)
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device_map={"": device}
-        )
-    except (OSError, ValueError) as error:
-        raise BaseModelError(f"cannot load the base model {model!r}: {error}") from error
-    return loaded.eval()
 
 
 def _check_rope(text_config: Any) -> None:

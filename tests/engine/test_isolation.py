@@ -23,8 +23,8 @@ from perft_serve.engine.params import RequestError
 def poison(engine: Engine, adapter: str) -> None:
     """Fill a resident adapter's rows with NaN, as no adapter on disk can be."""
     arena, slot = engine._runner.arena, engine._store.slot(adapter)
-    first, count = arena.row_range(slot)
-    arena.rows_SD[first : first + count] = float("nan")
+    rows = arena._residents[slot]
+    arena.rows_SD[rows.first_row : rows.first_row + rows.num_rows] = float("nan")
 
 
 def trio(served: Served) -> list[tuple[str, str | None]]:

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 from transformers import MixtralConfig, OlmoeConfig, PreTrainedConfig
 
+from perft.base import build_skeleton, count_activated
 from perft.config import PerftConfig
 from perft.errors import AdapterError
 from perft.importer import import_checkpoint
 from perft.moe import find_moe_blocks
 from perft.report import activated_per_layer, describe_adapter, render
-from perft.skeleton import build_skeleton, count_activated
 
 ORACLE = Path(__file__).parents[1] / "oracle"
 # OLMoE-1B-7B and Mixtral-8x7B, with the activated parameters that the paper states

@@ -1,7 +1,7 @@
-"""A base model without its weights: enough to find its MoE blocks and to count its parameters.
+"""Base models by name: whole, to train on or to serve, or as a skeleton without weights.
 
-In: what names a base (a folder, a hub id) or its config. Out: the model on the meta device. No tensor is read or made, so
-an 8x7B costs a second and no memory.
+In: what names a base (a folder, a hub id) or its config. Out: the model, or its skeleton on the meta device, which is enough
+to find its MoE blocks and to count its parameters: no tensor is read or made, so an 8x7B costs a second and no memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,28 @@ from perft.errors import BaseModelError
 from perft.moe import MoeBlock
 
 
+def load_base(base: str, dtype: str, device: torch.device | None = None) -> PreTrainedModel:
+    """The base model `base` with its weights.
+
+    Args:
+        base: a folder or a hub id.
+        dtype: `auto` (as the checkpoint) or the name of one.
+        device: where its weights go; `None` leaves it to Transformers.
+
+    Raises:
+        BaseModelError: it cannot be loaded.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map=None if device is None else {"": device},
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"cannot load the base model {base!r}: {first_line(error)}") from error
+    return model
+
+
 def load_config(base: str | Path) -> PreTrainedConfig:
     """The config of the base model `base`.
 
@@ -24,7 +46,7 @@ def load_config(base: str | Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(base))
     except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(f"no base model at {str(base)!r}: {_first_line(error)}") from error
+        raise BaseModelError(f"no base model at {str(base)!r}: {first_line(error)}") from error
 
 
 def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
@@ -38,7 +60,7 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
         raise BaseModelError(
-            f"no causal language model for model type {config.model_type!r}: {_first_line(error)}"
+            f"no causal language model for model type {config.model_type!r}: {first_line(error)}"
         ) from error
     return model
 
@@ -63,5 +85,6 @@ def count_activated(model: PreTrainedModel, blocks: list[MoeBlock]) -> int:
     return total
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, without the pages that some libraries add."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
