@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from perft_kernels._rows import block_scores
+from perft_kernels.native import element_type, native
 
 KIND_ALL, KIND_ROUTED, KIND_EMBEDDED = 0, 1, 2
 RULE_KIND, RULE_NUM_EXPERTS, RULE_TOP_K, RULE_NORM, RULE_BASE_RANK, RULE_FIRST_EXPERT = range(6)
@@ -69,7 +70,7 @@ def adapter_router_reference(
     gate_row_A: Tensor,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """The contract above in plain torch, without a loop over tokens: the specification, and the CPU backend."""
+    """The contract above in plain torch, without a loop over tokens: the specification."""
     num_tokens, num_adapters = h_TD.shape[0], rule_A6.shape[0]
     ids_TX = torch.full((num_tokens, width), -1, dtype=torch.int64, device=h_TD.device)
     weights_TX = torch.zeros(num_tokens, width, dtype=torch.float32, device=h_TD.device)
@@ -113,7 +114,36 @@ def adapter_router_reference(
     return ids_TX, weights_TX
 
 
-adapter_router = torch.library.custom_op("perft::adapter_router", adapter_router_reference, mutates_args=())
+def _adapter_router(
+    h_TD: Tensor,
+    base_ids_TK: Tensor,
+    base_weights_TK: Tensor,
+    adapter_T: Tensor,
+    gate_SD: Tensor,
+    rule_A6: Tensor,
+    gate_row_A: Tensor,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    kernels = native(h_TD, gate_SD)
+    if kernels is None:
+        return adapter_router_reference(
+            h_TD, base_ids_TK, base_weights_TK, adapter_T, gate_SD, rule_A6, gate_row_A, width
+        )
+    num_tokens, hidden_size = h_TD.shape
+    ids_TX = torch.empty(num_tokens, width, dtype=torch.int64)
+    weights_TX = torch.empty(num_tokens, width, dtype=torch.float32)
+    h_TD, gate_row_A = h_TD.contiguous(), gate_row_A.contiguous()
+    base_ids_TK, base_weights_TK = base_ids_TK.long().contiguous(), base_weights_TK.float().contiguous()
+    kernels(
+        "perft_adapter_router",
+        *(h_TD, element_type(h_TD), base_ids_TK, base_weights_TK, adapter_T, gate_SD, element_type(gate_SD)),
+        *(rule_A6, gate_row_A, ids_TX, weights_TX),
+        *(num_tokens, hidden_size, base_ids_TK.shape[1], rule_A6.shape[0], width),
+    )
+    return ids_TX, weights_TX
+
+
+adapter_router = torch.library.custom_op("perft::adapter_router", _adapter_router, mutates_args=())
 
 
 @adapter_router.register_fake

@@ -14,6 +14,9 @@ Contract
     | k_pages    | [P, page, G, C]      | keys; H is a multiple of G                                       |
     | v_pages    | [P, page, G, Cv]     | values                                                           |
     | pages_BN   | [B, N] int64         | page table; page 0 is nobody's and stands where a row has no more |
+    | short_T    | [T] int64            | sequence of each new token, -1 for tokens of long prefills: what |
+    |            |                      | `short_rows` makes of `num_queries`, once for all layers         |
+    | position_T | [T] int64            | position of each new token                                       |
     | sinks_H    | [H] or none          | gpt-oss: a learned logit that takes weight and gives nothing     |
 
     Rows of a page that hold no token must be finite (the engine hands out cleared pages): they are masked, and a masked
@@ -28,9 +31,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perft_kernels.native import element_type, native
+
+# Prefill chunks of more tokens than this are attended one sequence at a time, by torch's blockwise attention.
+MAX_SHORT_QUERIES = 16
+
+
+def short_rows(num_queries: Sequence[int]) -> list[int]:
+    """`short_T` of the contract."""
+    return [b if n <= MAX_SHORT_QUERIES else -1 for b, n in enumerate(num_queries) for _ in range(n)]
+
 
 def kv_write(k_TGC: Tensor, v_TGC: Tensor, k_pages: Tensor, v_pages: Tensor, slot_T: Tensor) -> None:
     """Store each new token's key and value at row `slot_T[t]` of the pages seen as `[P * page, G, C]`."""
+    kernels = native(k_pages, v_pages)
+    if kernels is not None and k_TGC.dtype == v_TGC.dtype == k_pages.dtype and _rows_whole(k_TGC, v_TGC):
+        size = k_pages.itemsize
+        kernels(
+            "perft_kv_write",
+            *(k_TGC, k_TGC.stride(0) * size, k_TGC.stride(1) * size),
+            *(v_TGC, v_TGC.stride(0) * size, v_TGC.stride(1) * size),
+            *(k_pages, v_pages, slot_T, slot_T.shape[0], k_pages.shape[2]),
+            *(k_pages.shape[3] * size, v_pages.shape[3] * size),
+        )
+        return
     k_pages.flatten(0, 1).index_copy_(0, slot_T, k_TGC)
     v_pages.flatten(0, 1).index_copy_(0, slot_T, v_TGC)
 
@@ -40,6 +64,8 @@ def paged_attention(
     k_pages: Tensor,
     v_pages: Tensor,
     pages_BN: Tensor,
+    short_T: Tensor,
+    position_T: Tensor,
     num_queries: Sequence[int],
     context_len: Sequence[int],
     *,
@@ -49,20 +75,33 @@ def paged_attention(
 ) -> Tensor:
     """Attention output `[T, H, Cv]`; see the contract at the head of this file.
 
-    Sequences with one query are batched, whatever their lengths; the others run one at a time.
+    In the CPU kernels, all short sequences at once. In plain torch, sequences with one query are batched, whatever their
+    lengths; the others run one at a time.
     """
+    kernels = native(q_THC, k_pages, v_pages)
     out_THC = q_THC.new_empty(q_THC.shape[0], q_THC.shape[1], v_pages.shape[3])
+    if kernels is not None and q_THC.dtype == k_pages.dtype and _rows_whole(q_THC):
+        kernels(
+            "perft_paged_attention",
+            *(q_THC, q_THC.stride(0), q_THC.stride(1), k_pages, v_pages, element_type(k_pages)),
+            *(pages_BN, short_T, position_T, None if sinks_H is None else sinks_H.float().contiguous(), out_THC),
+            *(q_THC.shape[0], q_THC.shape[1], k_pages.shape[2], q_THC.shape[2], v_pages.shape[3]),
+            *(k_pages.shape[1], pages_BN.shape[1], scale, window or 0),
+        )
+        least = MAX_SHORT_QUERIES + 1
+    else:
+        least = 2
     decode, start = [], 0
     starts = []
     for b, n in enumerate(num_queries):
         starts.append(start)
         start += n
-        if n == 1:
+        if n == 1 and least == 2:
             decode.append(b)
     if decode:
         _decode(q_THC, k_pages, v_pages, pages_BN, decode, starts, context_len, scale, window, sinks_H, out_THC)
     for b, n in enumerate(num_queries):
-        if n > 1:
+        if n >= least:
             rows = slice(starts[b], starts[b] + n)
             length = context_len[b]
             first = length - n
@@ -84,6 +123,11 @@ def paged_attention(
                 sinks_H,
             )[0]
     return out_THC
+
+
+def _rows_whole(*tensors: Tensor) -> bool:
+    """Whether the last axis of each lies in one piece."""
+    return all(t.stride(-1) == 1 for t in tensors)
 
 
 def _decode(

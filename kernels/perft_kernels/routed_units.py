@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perft_kernels._rows import row_scores
+from perft_kernels.native import element_type, native
 
 # up to so many tokens, gathering every pair's rows is cheaper than finding the pairs that share them
 _MAX_DECODE_TOKENS = 64
@@ -56,7 +57,7 @@ def routed_units_reference(
     silu_E: Tensor,
     mask_TXR: Tensor | None = None,
 ) -> Tensor:
-    """The contract above in plain torch, without a loop over tokens: the specification, and the CPU backend."""
+    """The contract above in plain torch, without a loop over tokens: the specification."""
     if ids_TX.numel() == 0 or rank_E.numel() == 0:
         return y_TD.clone()
     units = _Units(down_SD, up_SD, down_row_E, up_row_E, rank_E, scale_E, silu_E)
@@ -219,7 +220,38 @@ def routed_units_backward_reference(
     return grad_h_TD.to(h_TD.dtype), grad_weights_TX.to(weights_TX.dtype), grad_down_SD, grad_up_SD
 
 
-routed_units = torch.library.custom_op("perft::routed_units", routed_units_reference, mutates_args=())
+def _routed_units(
+    y_TD: Tensor,
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    rank_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None = None,
+) -> Tensor:
+    kernels = native(y_TD, h_TD, down_SD, up_SD) if mask_TXR is None and weights_TX.dtype == torch.float32 else None
+    if kernels is None or y_TD.dtype != h_TD.dtype or down_SD.dtype != up_SD.dtype:
+        return routed_units_reference(
+            *(y_TD, h_TD, ids_TX, weights_TX, down_SD, up_SD),
+            *(down_row_E, up_row_E, rank_E, scale_E, silu_E, mask_TXR),
+        )
+    y_TD, h_TD, out_TD = y_TD.contiguous(), h_TD.contiguous(), torch.empty(y_TD.shape, dtype=y_TD.dtype)
+    kernels(
+        "perft_routed_units",
+        *(y_TD, h_TD, element_type(h_TD), ids_TX.contiguous(), weights_TX.contiguous()),
+        *(down_SD.contiguous(), up_SD.contiguous(), element_type(down_SD)),
+        *(down_row_E.contiguous(), up_row_E.contiguous(), rank_E.contiguous(), scale_E, silu_E),
+        *(out_TD, h_TD.shape[0], h_TD.shape[1], ids_TX.shape[1], rank_E.shape[0]),
+    )
+    return out_TD
+
+
+routed_units = torch.library.custom_op("perft::routed_units", _routed_units, mutates_args=())
 
 
 @routed_units.register_fake

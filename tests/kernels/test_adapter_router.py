@@ -9,7 +9,7 @@ from torch import Tensor
 from perft_kernels import adapter_router
 from perft_kernels.adapter_router import KIND_ALL, KIND_EMBEDDED, KIND_ROUTED, route
 
-HIDDEN, NUM_BASE, BASE_TOP_K = 12, 5, 3
+HIDDEN, NUM_BASE, BASE_TOP_K = 16, 5, 3
 # kind, M, k, norm, base rank, first adapter expert
 RULES = [
     [KIND_ALL, 1, 0, 0, 0, 0],

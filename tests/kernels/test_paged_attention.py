@@ -6,29 +6,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from perft_kernels.paged_attention import kv_write, paged_attention
+from perft_kernels.paged_attention import kv_write, paged_attention, short_rows
 
 PAGE, HEADS, GROUPS = 4, 6, 2
 
 
-@pytest.mark.parametrize("dims", [(8, 8), (12, 8)], ids=["equal", "value-narrower"])
+@pytest.mark.parametrize("dims", [(16, 16), (32, 16), (12, 8)], ids=["equal", "value-narrower", "odd"])
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 def test_mixed_batch(window: int | None, sinks: bool, dims: tuple[int, int]) -> None:
     """Decode, whole prefill and later chunks in one call, on scattered pages full of other sequences' NaN."""
     key_dim, value_dim = dims
     g = torch.Generator().manual_seed(0)
-    num_queries, context_len = [1, 5, 1, 3, 9, 1], [1, 5, 11, 10, 9, 4]
-    k_pages = torch.full((40, PAGE, GROUPS, key_dim), float("nan"))
-    v_pages = torch.full((40, PAGE, GROUPS, value_dim), float("nan"))
+    num_queries, context_len = [1, 5, 1, 3, 9, 1, 20, 17], [1, 5, 11, 10, 9, 4, 20, 29]
+    k_pages = torch.full((60, PAGE, GROUPS, key_dim), float("nan"))
+    v_pages = torch.full((60, PAGE, GROUPS, value_dim), float("nan"))
     k_pages[0], v_pages[0] = 0, 0  # nobody's page
-    order = (torch.randperm(39, generator=g) + 1).tolist()
+    order = (torch.randperm(59, generator=g) + 1).tolist()
     table, rows = [], []
     keys, values, queries = [], [], []
     for n, length in zip(num_queries, context_len, strict=True):
         own = [order.pop() for _ in range(-(-length // PAGE))]
         k_pages[own], v_pages[own] = 0, 0  # as the engine hands pages out
-        table.append(own + [0] * (3 - len(own)))
+        table.append(own + [0] * (8 - len(own)))
         rows.append([own[p // PAGE] * PAGE + p % PAGE for p in range(length)])
         keys.append(torch.randn(length, GROUPS, key_dim, generator=g))
         values.append(torch.randn(length, GROUPS, value_dim, generator=g))
@@ -41,6 +41,10 @@ def test_mixed_batch(window: int | None, sinks: bool, dims: tuple[int, int]) -> 
         k_pages,
         v_pages,
         torch.tensor(table),
+        torch.tensor(short_rows(num_queries)),
+        torch.tensor(
+            [p for n, length in zip(num_queries, context_len, strict=True) for p in range(length - n, length)]
+        ),
         num_queries,
         context_len,
         scale=0.3,

@@ -105,7 +105,7 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None
     [
         (1, 16, [4], 1),
         (3, 16, [4, 4, 4], 2),  # fewer pairs than make a GEMM
-        (37, 24, [1, 3, 7, 16, 64], 3),  # ragged ranks, odd sizes, some blocks hot enough for a GEMM
+        (37, 80, [1, 3, 7, 16, 64], 3),  # ragged ranks, odd sizes, some blocks hot enough for a GEMM
         (64, 17, [5], 1),  # all to one
         (40, 16, list(range(1, 33)), 8),  # more adapter experts than one token can see
     ],
@@ -122,7 +122,7 @@ def test_values(tokens: int, hidden: int, ranks: list[int], width: int, dtype: t
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65])
 def test_batches_of_equals(tokens: int, dtype: torch.dtype, masked: bool) -> None:
     """One rank and no empty slot: up to 64 tokens take the short way through, with the same result."""
-    case = make(tokens, 24, [3] * 7, 2, dtype)
+    case = make(tokens, 48, [3] * 7, 2, dtype)
     case.ids_TX.clamp_(min=0)
     if masked:
         case = replace(case, mask_TXR=(torch.rand(tokens, 2, 3) > 0.3).float())

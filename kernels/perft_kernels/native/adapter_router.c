@@ -1,0 +1,71 @@
+/* perft_adapter_router. Contract: perft_kernels/adapter_router.py. One task per token. */
+#include "common.h"
+
+enum { ALL, ROUTED, EMBEDDED };
+enum { KIND, NUM_EXPERTS, TOP_K, NORM, BASE_RANK, FIRST_EXPERT, NUM_COLUMNS };
+
+/* The `k` largest of `K` weights, largest first. */
+static void largest(const float *weights, int64_t K, int64_t k, float *out) {
+  for (int64_t x = 0; x < k; x++) {
+    for (int64_t i = 0; i < K; i++) { /* the one with exactly x before it */
+      int64_t before = 0;
+      for (int64_t j = 0; j < K; j++) before += weights[j] > weights[i] || (weights[j] == weights[i] && j < i);
+      if (before == x) out[x] = weights[i];
+    }
+  }
+}
+
+INLINE void route(const void *h, int64_t h_type, const int64_t *base_ids, const float *base_weights, const int64_t *adapter,
+                  const void *gate, int64_t gate_type, const int64_t *rules, const int64_t *gate_row, int64_t *ids,
+                  float *weights, int64_t T, int64_t D, int64_t K, int64_t A, int64_t X) {
+#pragma omp parallel for schedule(static, 1) if (T >= 8)
+  for (int64_t t = 0; t < T; t++) {
+    const int64_t next = t + omp_get_num_threads();
+    int64_t *id = ids + t * X;
+    float *weight = weights + t * X;
+    for (int64_t x = 0; x < X; x++) {
+      id[x] = -1;
+      weight[x] = 0.0f;
+    }
+    if (next < T && adapter[next] >= 0 && adapter[next] < A && gate_row[adapter[next]] >= 0)
+      prefetch_rows(gate, gate_row[adapter[next]], rules[adapter[next] * NUM_COLUMNS + NUM_EXPERTS], D, gate_type);
+    if (adapter[t] < 0 || adapter[t] >= A) continue;
+    const int64_t *rule = rules + adapter[t] * NUM_COLUMNS;
+    const int64_t M = rule[NUM_EXPERTS], k = rule[TOP_K];
+    if (rule[KIND] == ALL) {
+      for (int64_t m = 0; m < MIN(M, X); m++) {
+        id[m] = rule[FIRST_EXPERT] + m;
+        weight[m] = 1.0f;
+      }
+    } else if (rule[KIND] == EMBEDDED) {
+      for (int64_t x = 0; x < MIN(K, X); x++) {
+        const int64_t local = base_ids[t * K + x];
+        if (local < 0 || local >= M) continue;
+        id[x] = rule[FIRST_EXPERT] + local;
+        weight[x] = base_weights[t * K + x];
+      }
+    } else if (gate_row[adapter[t]] >= 0 && k <= X && k <= M) {
+      float x[D], logits[M];
+      const float *const rows[1] = {x};
+      to_float(h, t * D, D, h_type, x);
+      dots(gate, gate_row[adapter[t]], M, D, gate_type, rows, 1, logits, M);
+      choose(logits, M, k, rule[NORM] && !rule[BASE_RANK], id, weight);
+      if (rule[BASE_RANK]) largest(base_weights + t * K, K, MIN(k, K), weight);
+      for (int64_t i = 0; i < k; i++) id[i] += rule[FIRST_EXPERT];
+    }
+  }
+}
+
+void perft_adapter_router(const void *h, int64_t h_type, const int64_t *base_ids, const float *base_weights,
+                          const int64_t *adapter, const void *gate, int64_t gate_type, const int64_t *rules,
+                          const int64_t *gate_row, int64_t *ids, float *weights, int64_t T, int64_t D, int64_t K, int64_t A,
+                          int64_t X) {
+#define PERFT_ROUTE(H, G)                                                                                                  \
+  if (h_type == H && gate_type == G)                                                                                       \
+    route(h, H, base_ids, base_weights, adapter, gate, G, rules, gate_row, ids, weights, T, D, K, A, X);
+  PERFT_ROUTE(F32, F32)
+  PERFT_ROUTE(F32, BF16)
+  PERFT_ROUTE(BF16, F32)
+  PERFT_ROUTE(BF16, BF16)
+#undef PERFT_ROUTE
+}

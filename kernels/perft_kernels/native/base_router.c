@@ -1,0 +1,21 @@
+/* perft_base_router. Contract: perft_kernels/base_router.py. Tiles of up to four tokens. */
+#include "common.h"
+
+void perft_base_router(const bf16 *h, const bf16 *weight, bf16 *logits, float *weights, int64_t *ids, int64_t T, int64_t D,
+                       int64_t N, int64_t K, int64_t norm) {
+#pragma omp parallel for schedule(static) if (T * N * D > 65536)
+  for (int64_t first = 0; first < T; first += 4) {
+    const int nt = (int)MIN(T - first, 4);
+    float x[4][D], scores[4][N];
+    const float *const rows[4] = {x[0], x[1], x[2], x[3]};
+    for (int t = 0; t < nt; t++) to_float(h, (first + t) * D, D, BF16, x[t]);
+    dots(weight, 0, N, D, BF16, rows, nt, scores[0], N);
+    for (int t = 0; t < nt; t++) {
+      for (int64_t n = 0; n < N; n++) {
+        logits[(first + t) * N + n] = bf16_of(scores[t][n]);
+        scores[t][n] = float_of(logits[(first + t) * N + n]);
+      }
+      choose(scores[t], N, K, (int)norm, ids + (first + t) * K, weights + (first + t) * K);
+    }
+  }
+}

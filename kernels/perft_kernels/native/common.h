@@ -1,0 +1,195 @@
+/* What the CPU kernels share: bf16, sixteen floats at a time, and dot products of pool rows with tokens.
+ *
+ * Vectors are GCC's (Clang has them too): one source for AVX-512, AVX2 and NEON, the compiler splits what is too wide. A
+ * tensor's type is a flag that is constant at each call after inlining, so each type has its own code. Sums run in float32 in
+ * an order that depends on the row's length alone: a token's result does not depend on its neighbours.
+ */
+#ifndef PERFT_COMMON_H
+#define PERFT_COMMON_H
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_num_threads(void) { return 1; }
+static inline int omp_get_thread_num(void) { return 0; }
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+
+/* Numbers of the element types, as the Python side passes them. */
+enum { F32 = 0, BF16 = 1 };
+
+typedef uint16_t bf16;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef float f32x16_any __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u32x16_any __attribute__((vector_size(64), aligned(2), may_alias));
+typedef uint16_t u16x16_any __attribute__((vector_size(32), aligned(2), may_alias));
+
+INLINE float float_of(bf16 x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+/* To the nearest, ties to even; NaN stays NaN. */
+INLINE bf16 bf16_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x != x ? 0x7fc0 : (bf16)rounded;
+}
+
+INLINE int64_t size_of(int type) { return type == BF16 ? 2 : 4; }
+
+/* Sixteen 16-bit numbers from and into 32 bits: compilers make many instructions of what AVX-512 has one for. */
+INLINE u32x16 widen16(const bf16 *from) {
+#ifdef __AVX512F__
+  return (u32x16)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+#else
+  return __builtin_convertvector(*(const u16x16_any *)from, u32x16);
+#endif
+}
+
+INLINE void narrow16(u32x16 x, bf16 *to) {
+#ifdef __AVX512F__
+  _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16((__m512i)x));
+#else
+  *(u16x16_any *)to = __builtin_convertvector(x, u16x16_any);
+#endif
+}
+
+/* Elements i .. i + 15. */
+INLINE f32x16 load16(const void *base, int64_t i, int type) {
+  if (type == BF16) return (f32x16)(widen16((const bf16 *)base + i) << 16);
+  return *(const f32x16_any *)((const float *)base + i);
+}
+
+INLINE void store16(void *base, int64_t i, int type, f32x16 x) {
+  if (type == BF16) {
+    const u32x16 bits = (u32x16)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const u32x16 is_nan = (u32x16)(x != x);
+    narrow16((rounded & ~is_nan) | (is_nan & 0x7fc0), (bf16 *)base + i);
+  } else {
+    *(f32x16_any *)((float *)base + i) = x;
+  }
+}
+
+INLINE float load(const void *base, int64_t i, int type) {
+  return type == BF16 ? float_of(((const bf16 *)base)[i]) : ((const float *)base)[i];
+}
+
+INLINE float sum16(f32x16 x) {
+  typedef float f32x8 __attribute__((vector_size(32)));
+  typedef float f32x4 __attribute__((vector_size(16)));
+  union { f32x16 whole; f32x8 half[2]; } a = {x};
+  union { f32x8 whole; f32x4 half[2]; } b = {a.half[0] + a.half[1]};
+  const f32x4 y = b.half[0] + b.half[1];
+  return (y[0] + y[2]) + (y[1] + y[3]);
+}
+
+INLINE f32x16 select16(u32x16 mask, f32x16 yes, f32x16 no) { return (f32x16)((mask & (u32x16)yes) | (~mask & (u32x16)no)); }
+
+/* e^x to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' coefficients). NaN stays NaN. */
+INLINE f32x16 exp16(f32x16 x) {
+  x = select16((u32x16)(x < -87.0f), (f32x16){0} - 87.0f, x);
+  x = select16((u32x16)(x > 88.0f), (f32x16){0} + 88.0f, x);
+  const f32x16 shifted = x * 1.44269504f + 12582912.0f; /* adding 1.5 * 2^23 leaves the nearest integer in the low bits */
+  const f32x16 n = shifted - 12582912.0f, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return (f32x16)((u32x16)p + ((u32x16)shifted << 23));
+}
+
+INLINE f32x16 silu16(f32x16 x) { return x / (exp16(-x) + 1.0f); }
+
+INLINE float silu(float x) { return x / (1.0f + expf(-x)); }
+
+/* A row of `length` floats out of any type. */
+INLINE void to_float(const void *from, int64_t first, int64_t length, int type, float *to) {
+  for (int64_t i = 0; i < length; i += 16) *(f32x16_any *)(to + i) = load16(from, first + i, type);
+}
+
+/* Asks for `num_rows` rows of a pool ahead of their use: blocks are short, and the processor's own guess comes too late. */
+INLINE void prefetch_rows(const void *pool, int64_t first_row, int64_t num_rows, int64_t D, int type) {
+  const char *from = (const char *)pool + first_row * D * size_of(type);
+  for (int64_t i = 0; i < num_rows * D * size_of(type); i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+/* out[t * out_stride + r] = rows[r] . x[t] for `nr` rows of length D that follow one another, and `nt` tokens. */
+INLINE void dot_tile(const int nr, const int nt, const void *rows, int64_t first, int64_t D, int type, const float *const *x,
+                     float *out, int64_t out_stride) {
+  f32x16 acc[4][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < nr; r++)
+#pragma GCC unroll 4
+    for (int t = 0; t < nt; t++) acc[r][t] = (f32x16){0};
+  for (int64_t d = 0; d < D; d += 16) {
+    f32x16 v[4];
+#pragma GCC unroll 4
+    for (int t = 0; t < nt; t++) v[t] = *(const f32x16_any *)(x[t] + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < nr; r++) {
+      const f32x16 row = load16(rows, first + r * D + d, type);
+#pragma GCC unroll 4
+      for (int t = 0; t < nt; t++) acc[r][t] += row * v[t];
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < nr; r++)
+#pragma GCC unroll 4
+    for (int t = 0; t < nt; t++) out[t * out_stride + r] = sum16(acc[r][t]);
+}
+
+/* Dot products of `num_rows` rows from row `first_row` of a pool with up to four tokens. */
+INLINE void dots(const void *pool, int64_t first_row, int64_t num_rows, int64_t D, int type, const float *const *x, int nt,
+                 float *out, int64_t out_stride) {
+  for (int64_t r = 0; r < num_rows; r += 4) {
+    const int64_t first = (first_row + r) * D;
+    const int nr = (int)MIN(num_rows - r, 4);
+#define PERFT_TILE(R, T)                                                      \
+  if (nr == R && nt == T) {                                                   \
+    dot_tile(R, T, pool, first, D, type, x, out + r, out_stride);             \
+    continue;                                                                 \
+  }
+#define PERFT_TILES(R) PERFT_TILE(R, 1) PERFT_TILE(R, 2) PERFT_TILE(R, 3) PERFT_TILE(R, 4)
+    PERFT_TILES(4) PERFT_TILES(3) PERFT_TILES(2) PERFT_TILES(1)
+#undef PERFT_TILES
+#undef PERFT_TILE
+  }
+}
+
+/* softmax(logits)'s `k` largest, likeliest first; the first of equals first. */
+static inline void choose(const float *logits, int64_t M, int64_t k, int norm, int64_t *local, float *weight) {
+  float most = logits[0], total = 0.0f, chosen = 0.0f;
+  for (int64_t m = 1; m < M; m++) most = logits[m] > most ? logits[m] : most;
+  for (int64_t m = 0; m < M; m++) total += expf(logits[m] - most);
+  for (int64_t x = 0; x < k; x++) {
+    int64_t best = -1;
+    for (int64_t m = 0; m < M; m++) {
+      int taken = 0;
+      for (int64_t y = 0; y < x; y++) taken |= local[y] == m;
+      if (!taken && (best < 0 || logits[m] > logits[best])) best = m;
+    }
+    local[x] = best;
+    weight[x] = expf(logits[best] - most) / total;
+    chosen += weight[x];
+  }
+  if (norm)
+    for (int64_t x = 0; x < k; x++) weight[x] /= chosen;
+}
+
+#endif

@@ -1,0 +1,92 @@
+/* Matrices of bf16 weights as panels, and the product of a panel with a few tokens: what all base linears are made of.
+ *
+ * A weight [N, K] is stored as ceil(N / 32) panels of [K / 2][32][2]: 32 output features, pairs of input features side by side,
+ * which is how AVX512-BF16 and VNNI-like instructions take them. A panel is read once, front to back, for up to MAX_TOKENS
+ * tokens: at decode that is one pass over the weights at the speed of the memory. A token's sum runs over K in order,
+ * whatever the number of tokens, so results do not depend on the batch.
+ */
+#ifndef PERFT_PANELS_H
+#define PERFT_PANELS_H
+
+#include "common.h"
+
+#define PANEL 32
+
+#if defined(__AVX512BF16__)
+#define MAX_TOKENS 12 /* two accumulators each, of 32 registers */
+#elif defined(__AVX512F__)
+#define MAX_TOKENS 10
+#else
+#define MAX_TOKENS 3 /* an accumulator of 16 floats takes two or four registers */
+#endif
+
+INLINE int64_t num_panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
+
+INLINE void panel_tile(const int nt, const bf16 *const *x, const bf16 *panel, int64_t K, float (*out)[PANEL]) {
+#ifdef __AVX512BF16__
+  __m512 acc[MAX_TOKENS][2];
+#pragma GCC unroll 12
+  for (int t = 0; t < nt; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += 2) {
+    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL);
+    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL + PANEL);
+#pragma GCC unroll 12
+    for (int t = 0; t < nt; t++) {
+      int32_t pair;
+      memcpy(&pair, x[t] + k, 4);
+      const __m512bh v = (__m512bh)_mm512_set1_epi32(pair);
+      acc[t][0] = _mm512_dpbf16_ps(acc[t][0], w0, v);
+      acc[t][1] = _mm512_dpbf16_ps(acc[t][1], w1, v);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < nt; t++) {
+    _mm512_storeu_ps(out[t], acc[t][0]);
+    _mm512_storeu_ps(out[t] + 16, acc[t][1]);
+  }
+#else
+  f32x16 acc[MAX_TOKENS][2];
+#pragma GCC unroll 12
+  for (int t = 0; t < nt; t++) acc[t][0] = acc[t][1] = (f32x16){0};
+  for (int64_t k = 0; k < K; k += 2)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      const u32x16 pairs = *(const u32x16_any *)(panel + k * PANEL + half * PANEL);
+      const f32x16 even = (f32x16)(pairs << 16), odd = (f32x16)(pairs & 0xffff0000u);
+#pragma GCC unroll 12
+      for (int t = 0; t < nt; t++) acc[t][half] += even * float_of(x[t][k]) + odd * float_of(x[t][k + 1]);
+    }
+#pragma GCC unroll 12
+  for (int t = 0; t < nt; t++)
+    for (int half = 0; half < 2; half++) *(f32x16_any *)(out[t] + 16 * half) = acc[t][half];
+#endif
+}
+
+/* out[t][j] = panel row j . x[t], for `nt` <= MAX_TOKENS tokens. */
+static void panel_dots(int nt, const bf16 *const *x, const bf16 *panel, int64_t K, float (*out)[PANEL]) {
+  switch (nt) {
+#define PERFT_CASE(n) \
+  case n:             \
+    panel_tile(n, x, panel, K, out); \
+    break;
+    PERFT_CASE(1)
+    PERFT_CASE(2)
+    PERFT_CASE(3)
+#if MAX_TOKENS > 3
+    PERFT_CASE(4)
+    PERFT_CASE(5)
+    PERFT_CASE(6)
+    PERFT_CASE(7)
+    PERFT_CASE(8)
+    PERFT_CASE(9)
+    PERFT_CASE(10)
+#endif
+#if MAX_TOKENS > 10
+    PERFT_CASE(11)
+    PERFT_CASE(12)
+#endif
+#undef PERFT_CASE
+  }
+}
+
+#endif

@@ -1,0 +1,18 @@
+/* perft_rms_norm. Contract: perft_kernels/rms_norm.py. */
+#include "common.h"
+
+void perft_rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t T, int64_t D, float epsilon) {
+#pragma omp parallel for schedule(static) if (T * D > 16384)
+  for (int64_t t = 0; t < T; t++) {
+    f32x16 squares = {0};
+    for (int64_t d = 0; d < D; d += 16) {
+      const f32x16 v = load16(x, t * D + d, BF16);
+      squares += v * v;
+    }
+    const float factor = 1.0f / sqrtf(sum16(squares) / (float)D + epsilon);
+    for (int64_t d = 0; d < D; d += 16) {
+      store16(y, t * D + d, BF16, load16(x, t * D + d, BF16) * factor); /* rounded once here, as the model does */
+      store16(y, t * D + d, BF16, load16(y, t * D + d, BF16) * load16(weight, d, BF16));
+    }
+  }
+}

@@ -1,0 +1,162 @@
+/* perft_routed_units: what the chosen adapter experts add. Contract: perft_kernels/routed_units.py.
+ *
+ * Where tokens share adapter experts, two passes. Pass 1, over tiles of up to four pairs of one adapter expert: its down rows dotted with their tokens, the activation, weight
+ * and scale: a coefficient for each rank. Pass 2, over tokens: up rows times coefficients, in the order of the token's
+ * own slots and ranks, whoever else is in the batch. Where they do not (decoding on many adapters), one
+ * pass over tokens, with the same sums. Ranks are ragged: nothing is as wide as the widest.
+ *
+ * | array         | shape    | meaning                                                             |
+ * |---------------|----------|---------------------------------------------------------------------|
+ * | pair          | [P]      | the active pairs (t * X + x), those of one adapter expert together  |
+ * | start_TX      | [T * X]  | where a pair's coefficients begin; -1: the pair adds nothing        |
+ * | tile          | [tiles+1]| first of `pair` of each tile                                        |
+ * | coefficient   | [sum of the pairs' ranks]                                                     |
+ */
+#include "common.h"
+
+/* Below so many numbers to read, a second thread costs more than it saves. */
+#define PARALLEL_WORK 32768
+
+typedef struct {
+  int64_t num_pairs, num_tiles, work; /* work: the sum of the pairs' ranks */
+  int32_t *pair, *tile;
+  int64_t *start;
+  float *coefficient;
+} plan;
+
+/* Where everything goes; the memory is one block, at `start`. Returns 0, or -1 if there is no memory. */
+static int make_plan(const int64_t *ids, int64_t TX, const int64_t *rank, int64_t E, plan *p) {
+  int64_t total = 0, num_pairs = 0;
+  for (int64_t i = 0; i < TX; i++)
+    if (ids[i] >= 0 && ids[i] < E) total += rank[ids[i]];
+  p->start = malloc(TX * sizeof *p->start + (2 * TX + 1 + E + 1) * sizeof(int32_t) + total * sizeof(float));
+  if (!p->start) return -1;
+  p->pair = (int32_t *)(p->start + TX);
+  p->tile = p->pair + TX;
+  int32_t *place = p->tile + TX + 1;
+  p->coefficient = (float *)(place + E + 1);
+
+  /* where each adapter expert's pairs begin: a counting sort */
+  memset(place, 0, (E + 1) * sizeof *place);
+  total = 0;
+  for (int64_t i = 0; i < TX; i++) {
+    const int64_t R = ids[i] >= 0 && ids[i] < E ? rank[ids[i]] : 0;
+    p->start[i] = R ? total : -1;
+    total += R;
+    if (R) place[ids[i] + 1]++;
+  }
+  for (int64_t e = 0; e < E; e++) place[e + 1] += place[e];
+  for (int64_t i = 0; i < TX; i++)
+    if (p->start[i] >= 0) {
+      p->pair[place[ids[i]]++] = (int32_t)i;
+      num_pairs++;
+    }
+  p->num_tiles = 0;
+  for (int64_t i = 0; i < num_pairs; i++)
+    if (i == 0 || ids[p->pair[i]] != ids[p->pair[i - 1]] || i - p->tile[p->num_tiles - 1] == 4)
+      p->tile[p->num_tiles++] = (int32_t)i;
+  p->tile[p->num_tiles] = (int32_t)num_pairs;
+  p->work = total;
+  p->num_pairs = num_pairs;
+  return 0;
+}
+
+/* sum += coefficient[r] * row r, one row after the other for each column; four at a time, to touch `sum` less often. */
+INLINE void add_rows(const void *pool, int64_t first_row, int64_t num_rows, int64_t D, int type, const float *coefficient,
+                     float *sum) {
+  int64_t r = 0;
+  for (; r + 4 <= num_rows; r += 4)
+    for (int64_t d = 0; d < D; d += 16) {
+      f32x16 acc = *(f32x16_any *)(sum + d);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) acc += coefficient[r + j] * load16(pool, (first_row + r + j) * D + d, type);
+      *(f32x16_any *)(sum + d) = acc;
+    }
+  for (; r < num_rows; r++)
+    for (int64_t d = 0; d < D; d += 16)
+      *(f32x16_any *)(sum + d) += coefficient[r] * load16(pool, (first_row + r) * D + d, type);
+}
+
+typedef struct {
+  const void *y, *h, *down, *up;
+  void *out;
+  const int64_t *ids, *down_row, *up_row, *rank;
+  const float *weights, *scale;
+  const uint8_t *silu_of;
+  int64_t T, D, X;
+} operands;
+
+/* Coefficients of up to four pairs of one adapter expert. */
+INLINE void coefficients(const plan *p, const operands *o, const int32_t *pair, int nt, int type, int pool_type) {
+  const int64_t e = o->ids[pair[0]], R = o->rank[e], D = o->D;
+  float x[4][D], z[4][R];
+  const float *const rows[4] = {x[0], x[1], x[2], x[3]};
+  for (int t = 0; t < nt; t++) to_float(o->h, pair[t] / o->X * D, D, type, x[t]);
+  dots(o->down, o->down_row[e], R, D, pool_type, rows, nt, z[0], R);
+  for (int t = 0; t < nt; t++) {
+    const float factor = o->weights[pair[t]] * o->scale[e];
+    float *coefficient = p->coefficient + p->start[pair[t]];
+    for (int64_t r = 0; r < R; r++) coefficient[r] = (o->silu_of[e] ? silu(z[t][r]) : z[t][r]) * factor;
+  }
+}
+
+/* out[t] = y[t] + the up rows of its pairs, times their coefficients. */
+INLINE void add_units(const plan *p, const operands *o, int64_t t, int type, int pool_type) {
+  float sum[o->D];
+  to_float(o->y, t * o->D, o->D, type, sum);
+  for (int64_t i = t * o->X; i < (t + 1) * o->X; i++)
+    if (p->start[i] >= 0)
+      add_rows(o->up, o->up_row[o->ids[i]], o->rank[o->ids[i]], o->D, pool_type, p->coefficient + p->start[i], sum);
+  for (int64_t d = 0; d < o->D; d += 16) store16(o->out, t * o->D + d, type, *(f32x16_any *)(sum + d));
+}
+
+INLINE void prefetch_units(const plan *p, const operands *o, int64_t t, int pool_type) {
+  for (int64_t i = t * o->X; t < o->T && i < (t + 1) * o->X; i++)
+    if (p->start[i] >= 0) {
+      prefetch_rows(o->down, o->down_row[o->ids[i]], o->rank[o->ids[i]], o->D, pool_type);
+      prefetch_rows(o->up, o->up_row[o->ids[i]], o->rank[o->ids[i]], o->D, pool_type);
+    }
+}
+
+INLINE void run(const plan *p, const operands *o, int type, int pool_type) {
+  const int shared = 2 * p->num_tiles < p->num_pairs; /* tiles of more than two pairs on average */
+#pragma omp parallel if (p->work * o->D > PARALLEL_WORK)
+  {
+    if (shared) {
+#pragma omp for schedule(dynamic, 2)
+      for (int64_t i = 0; i < p->num_tiles; i++)
+        coefficients(p, o, p->pair + p->tile[i], p->tile[i + 1] - p->tile[i], type, pool_type);
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < o->T; t++) add_units(p, o, t, type, pool_type);
+    } else { /* one pass; the rows of a thread's next token come while it computes this one's */
+      const int num_threads = omp_get_num_threads();
+      prefetch_units(p, o, omp_get_thread_num(), pool_type);
+      for (int64_t t = omp_get_thread_num(); t < o->T; t += num_threads) {
+        prefetch_units(p, o, t + num_threads, pool_type);
+        for (int64_t i = t * o->X; i < (t + 1) * o->X; i++)
+          if (p->start[i] >= 0) {
+            const int32_t pair = (int32_t)i;
+            coefficients(p, o, &pair, 1, type, pool_type);
+          }
+        add_units(p, o, t, type, pool_type);
+      }
+    }
+  }
+}
+
+int perft_routed_units(const void *y, const void *h, int64_t type, const int64_t *ids, const float *weights, const void *down,
+                       const void *up, int64_t pool_type, const int64_t *down_row, const int64_t *up_row, const int64_t *rank,
+                       const float *scale, const uint8_t *silu_of, void *out, int64_t T, int64_t D, int64_t X, int64_t E) {
+  plan p;
+  if (make_plan(ids, T * X, rank, E, &p)) return -1;
+  const operands o = {y, h, down, up, out, ids, down_row, up_row, rank, weights, scale, silu_of, T, D, X};
+#define PERFT_RUN(H, P) \
+  if (type == H && pool_type == P) run(&p, &o, H, P);
+  PERFT_RUN(F32, F32)
+  PERFT_RUN(F32, BF16)
+  PERFT_RUN(BF16, F32)
+  PERFT_RUN(BF16, BF16)
+#undef PERFT_RUN
+  free(p.start);
+  return 0;
+}
