@@ -1,86 +1,197 @@
 """Device memory of adapters: one pool of rows of width D, and tables that say whose rows lie where.
 
 No slots of a maximum rank, no padding: an adapter takes exactly the rows it has (for each layer M*R down rows, M*R up
-rows, M gate rows for variant R), in one contiguous run. Ranks, M, variants and unit kinds mix freely. Loading and unloading
-write rows and edit tables, never shapes that a running batch depends on. In: checked adapters (`perft.adapter`). Out: a slot
-number per adapter, and the tables that `perft_kernels` reads. It knows no names, no requests.
+rows, M gate rows for variant R). They lie in one run if there is one, else wherever an adapter expert's R rows or a layer's
+M gate rows find room, so free memory in pieces is still free memory. Ranks, M, variants and unit kinds mix freely. Loading
+and evicting write rows and edit tables, never shapes that a running batch depends on.
+
+In: checked adapters (`perft.adapter`), staged by any thread. Out: a slot number per adapter, and the tables that
+`perft_kernels` reads. Rows are copied and wiped in steps as large as the caller allows; the tables name an adapter only when
+all of it is there. It knows no names, no requests, and no policy: who is evicted is the store's matter.
 """
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from perft.adapter import Adapter
+from perft.adapter import Adapter, is_finite
 from perft.config import PerftConfig
 from perft.errors import AdapterError
 from perft.moe import MoeBlock
 from perft_kernels.adapter_router import KIND_ALL, KIND_EMBEDDED, KIND_ROUTED
 
 _KINDS = {"S": KIND_ALL, "D": KIND_ALL, "R": KIND_ROUTED, "E": KIND_EMBEDDED}
+# The tables have room for as many adapter experts as rows of rank 1 could make, but at the start for at most so many.
+_MAX_FIRST_EXPERTS = 1 << 16
 
 
-class OutOfArenaError(AdapterError):
-    """An adapter does not fit into what is left of the arena."""
-
-
-@dataclass(slots=True)
 class RangeAllocator:
-    """First-fit allocation of runs in `[0, size)`; neighbouring free runs are joined."""
+    """Runs in `[0, size)`, the smallest that is long enough first; neighbouring free runs are joined. Time is O(log n)."""
 
-    size: int
-    _free: list[tuple[int, int]] = field(default_factory=list)  # (start, length), by start
-
-    def __post_init__(self) -> None:
-        self._free = [(0, self.size)] if self.size else []
-
-    @property
-    def num_free(self) -> int:
-        """How much is free, in all runs together."""
-        return sum(length for _, length in self._free)
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.num_free = size
+        self._starts = [0] if size else []  # of the free runs, ascending
+        self._length = {0: size} if size else {}  # by start
+        self._by_length = [(size, 0)] if size else []  # (length, start), ascending
 
     def take(self, length: int) -> int | None:
         """Start of a run of `length`, or `None` if there is none so long."""
-        for i, (start, free) in enumerate(self._free):
-            if free >= length:
-                self._free[i : i + 1] = [(start + length, free - length)] if free > length else []
-                return start
-        return None
+        assert length > 0
+        i = bisect_left(self._by_length, (length, 0))
+        if i == len(self._by_length):
+            return None
+        start = self._by_length[i][1]
+        self._cut(start, length)
+        return start
+
+    def take_pieces(self, pieces: Sequence[tuple[int, int]]) -> list[list[int]] | None:
+        """Runs for `count` pieces of `length` each, for every (length, count).
+
+        Returns:
+            The starts, for each entry of `pieces`; or `None`, and nothing taken, if they do not all fit.
+        """
+        if sum(length * count for length, count in pieces) > self.num_free:
+            return None
+        starts: list[list[int]] = [[] for _ in pieces]
+        taken: list[tuple[int, int]] = []
+        for i in sorted(range(len(pieces)), key=lambda i: -pieces[i][0]):  # long ones first: short ones fit anywhere
+            length, count = pieces[i]
+            while count:
+                longest, start = self._by_length[-1] if self._by_length else (0, 0)
+                fit = min(longest // length, count)
+                if not fit:
+                    for run in taken:
+                        self.give(*run)
+                    return None
+                self._cut(start, fit * length)
+                taken.append((start, fit * length))
+                starts[i] += range(start, start + fit * length, length)
+                count -= fit
+        return starts
 
     def give(self, start: int, length: int) -> None:
         """Take a run back."""
-        runs = sorted([*self._free, (start, length)])
-        self._free = []
-        for run_start, run_length in runs:
-            if self._free and sum(self._free[-1]) == run_start:
-                self._free[-1] = (self._free[-1][0], self._free[-1][1] + run_length)
-            else:
-                self._free.append((run_start, run_length))
+        self.num_free += length
+        i = bisect_left(self._starts, start)
+        if i < len(self._starts) and self._starts[i] == start + length:
+            length += self._remove(self._starts[i])
+        if i and self._starts[i - 1] + self._length[self._starts[i - 1]] == start:
+            start = self._starts[i - 1]
+            length += self._remove(start)
+        self._insert(start, length)
 
     def grow(self, size: int) -> None:
         """Make the range longer."""
         old, self.size = self.size, size
         self.give(old, size - old)
 
+    def _cut(self, start: int, length: int) -> None:
+        """Take the first `length` of the free run at `start`."""
+        run = self._remove(start)
+        if run > length:
+            self._insert(start + length, run - length)
+        self.num_free -= length
+
+    def _insert(self, start: int, length: int) -> None:
+        insort(self._starts, start)
+        self._length[start] = length
+        insort(self._by_length, (length, start))
+
+    def _remove(self, start: int) -> int:
+        length = self._length.pop(start)
+        del self._starts[bisect_left(self._starts, start)]
+        del self._by_length[bisect_left(self._by_length, (length, start))]
+        return length
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Resident:
-    first_row: int
-    num_rows: int
-    first_expert: int
+class StagedAdapter:
+    """An adapter in host memory as the arena will hold it.
+
+    Args:
+        rows_SD: its rows in the arena's dtype, one contiguous tensor (pinned if the arena is on a GPU): by layer the down
+            rows, then the up rows; behind all these, by layer, the gate rows.
+        ordinals: which MoE blocks of the base it adapts, ascending.
+        config, num_experts, digest: as read.
+        width: the most adapter experts that one token takes.
+        num_parameters: how many numbers it holds.
+    """
+
+    rows_SD: Tensor
+    ordinals: tuple[int, ...]
+    config: PerftConfig
     num_experts: int
+    digest: str
+    width: int
+    num_parameters: int
+
+    @property
+    def num_rows(self) -> int:
+        """What it takes in the arena, in rows."""
+        return int(self.rows_SD.shape[0])
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in the arena, and in host memory as it is."""
+        return int(self.rows_SD.nbytes)
+
+
+class Placement:
+    """Rows of the arena that one adapter has: reserved, being filled, in use, or being wiped. The arena's own book-keeping.
+
+    Attributes:
+        runs: (first row in the arena, number of rows), in the order of the staged rows.
+        rank_starts, gate_starts: first row of each adapter expert's down and up rows, by layer, side and adapter expert;
+            and of each layer's gate rows.
+        num_done: rows that have been copied, or wiped.
+    """
+
+    def __init__(self, runs: list[tuple[int, int]], rank_starts: Tensor, gate_starts: Tensor) -> None:
+        self.runs = runs
+        self.rank_starts = rank_starts
+        self.gate_starts = gate_starts
+        self.num_done = 0
+        self.slot = -1
+        self.first_expert = -1
+        self.num_experts = 0
+        self.copied: torch.cuda.Event | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """In all runs together."""
+        return sum(length for _, length in self.runs)
+
+    def next_runs(self, num_rows: int) -> list[tuple[int, int, int]]:
+        """The next `num_rows` that are not done, as (row among the staged ones, row in the arena, number of rows)."""
+        found = []
+        begin, end, at = self.num_done, self.num_done + num_rows, 0
+        for start, length in self.runs:
+            first, last = max(begin, at), min(end, at + length)
+            if first < last:
+                found.append((first, start + first - at, last - first))
+            at += length
+        return found
 
 
 class AdapterArena:
     """The adapters on one device.
 
+    The tables are made with room for every adapter expert that the pool can hold if it adapts all layers (about 6 / D of the
+    pool's size, 65536 adapter experts at the most), so their addresses stay the same; only a crowd of adapters that adapt
+    few layers each makes them grow, and then they are new tensors. Readers fetch the attributes at every step.
+
     Args:
         blocks: MoE blocks of the base, in layer order; `l` below counts them.
         num_bytes: size of the pool.
-        dtype: of the pool; adapters are converted to it when they are loaded.
+        dtype: of the pool; adapters are converted to it when they are staged.
         device: where it lies.
 
     Attributes:
@@ -95,23 +206,32 @@ class AdapterArena:
 
     def __init__(self, blocks: Sequence[MoeBlock], num_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         self.blocks = tuple(blocks)
+        self.device = device
         hidden_size = self.blocks[0].hidden_size
-        num_rows = num_bytes // (hidden_size * dtype.itemsize)
+        self.row_bytes = hidden_size * dtype.itemsize
+        num_rows = num_bytes // self.row_bytes
         if num_rows < 1:
             raise AdapterError(f"adapter memory of {num_bytes} bytes does not hold one row of width {hidden_size}")
-        # not zeroed: nobody reads a row that no adapter has, and on a CPU untouched memory costs nothing
-        self.rows_SD = torch.empty(num_rows, hidden_size, dtype=dtype, device=device)
-        self._rows = RangeAllocator(num_rows)
-        self._experts = RangeAllocator(0)
-        self._residents: dict[int, _Resident] = {}
         num_layers = len(self.blocks)
-        self.rule_A6 = torch.zeros(0, 6, dtype=torch.int64, device=device)
-        self.gate_row_LA = torch.full((num_layers, 0), -1, dtype=torch.int64, device=device)
-        self.down_row_LE = torch.zeros(num_layers, 0, dtype=torch.int64, device=device)
-        self.up_row_LE = torch.zeros_like(self.down_row_LE)
-        self.rank_LE = torch.zeros_like(self.down_row_LE)
-        self.scale_E = torch.zeros(0, dtype=torch.float32, device=device)
-        self.silu_E = torch.zeros(0, dtype=torch.bool, device=device)
+        num_experts = min(max(num_rows // (2 * num_layers), 1), _MAX_FIRST_EXPERTS)
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
+            # not zeroed: nobody reads a row that no adapter has, and on a CPU untouched memory costs nothing
+            self.rows_SD = torch.empty(num_rows, hidden_size, dtype=dtype, device=device)
+            self.rule_A6 = torch.zeros(num_experts, 6, dtype=torch.int64, device=device)
+            self.gate_row_LA = torch.full((num_layers, num_experts), -1, dtype=torch.int64, device=device)
+            self.down_row_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+            self.up_row_LE = torch.zeros_like(self.down_row_LE)
+            self.rank_LE = torch.zeros_like(self.down_row_LE)
+            self.scale_E = torch.zeros(num_experts, dtype=torch.float32, device=device)
+            self.silu_E = torch.zeros(num_experts, dtype=torch.bool, device=device)
+        self._rows = RangeAllocator(num_rows)
+        self._experts = RangeAllocator(num_experts)
+        self._residents: dict[int, Placement] = {}
+        self._free_slots: list[int] = []  # a heap of slots below the highest that was ever used
+        self._num_slots = 0
+        self._wiping: deque[Placement] = deque()
+        self._num_wiping_rows = 0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def num_bytes(self) -> int:
@@ -119,110 +239,229 @@ class AdapterArena:
         return self.rows_SD.nbytes
 
     @property
+    def num_rows(self) -> int:
+        """Size of the pool in rows."""
+        return self._rows.size
+
+    @property
+    def num_free_rows(self) -> int:
+        """Rows that can be placed in now."""
+        return self._rows.num_free
+
+    @property
+    def num_wiping_rows(self) -> int:
+        """Rows of evicted adapters that will be free once they are wiped."""
+        return self._num_wiping_rows
+
+    @property
     def num_free_bytes(self) -> int:
-        """How much of the pool is free."""
-        return self._rows.num_free * self.rows_SD.shape[1] * self.rows_SD.dtype.itemsize
+        """How much of the pool no adapter has, wiped or not."""
+        return (self.num_free_rows + self.num_wiping_rows) * self.row_bytes
 
-    def num_bytes_of(self, adapter: Adapter) -> int:
-        """What `adapter` takes in the pool: its parameters in the pool's dtype."""
-        return adapter.num_parameters * self.rows_SD.dtype.itemsize
-
-    def load(self, adapter: Adapter) -> int:
-        """Copy an adapter in; returns its slot.
+    def stage(self, adapter: Adapter) -> StagedAdapter:
+        """An adapter's rows as the arena will hold them. Reads nothing that changes: any thread may call it.
 
         Raises:
-            OutOfArenaError: there is no run of rows long enough.
-            AdapterError: its values overflow the pool's dtype.
+            AdapterError: its values overflow the arena's dtype.
         """
-        num_rows = adapter.num_parameters // adapter.hidden_size
-        first_row = self._rows.take(num_rows)
-        if first_row is None:
-            raise OutOfArenaError(
-                f"the adapter needs {self.num_bytes_of(adapter):,} bytes, but of the {self.num_bytes:,} bytes of adapter "
-                f"memory {self.num_free_bytes:,} are free; start with a larger --adapter-memory"
+        ordinals = tuple(l for l, block in enumerate(self.blocks) if block.layer in adapter.layers)
+        layers = [adapter.layers[self.blocks[l].layer] for l in ordinals]
+        tensors = [t for layer in layers for t in (layer.down_MRD, layer.up_MRD)]
+        tensors += [layer.gate_MD for layer in layers if layer.gate_MD is not None]
+        hidden_size, dtype = self.rows_SD.shape[1], self.rows_SD.dtype
+        with torch.inference_mode(False):
+            rows_SD = torch.empty(
+                sum(t.numel() for t in tensors) // hidden_size,
+                hidden_size,
+                dtype=dtype,
+                pin_memory=self.device.type == "cuda",
             )
-        try:
-            self._copy_rows(adapter, first_row)
-        except AdapterError:
-            self._clear_rows(first_row, num_rows)
-            raise
-        first_expert = self._take_experts(adapter.num_experts)
-        slot = self._free_slot()
-        self._residents[slot] = _Resident(
-            first_row=first_row, num_rows=num_rows, first_expert=first_expert, num_experts=adapter.num_experts
+            row = 0
+            for tensor in tensors:
+                rows = tensor.reshape(-1, hidden_size)
+                rows_SD[row : row + rows.shape[0]] = rows
+                row += rows.shape[0]
+        if any(t.dtype != dtype for t in tensors) and not is_finite(rows_SD):
+            raise AdapterError(f"its values do not fit into {dtype}")
+        # where nobody knows the base's top-k, a token could at the most take all
+        width = adapter.config.experts_per_token(adapter.num_experts, self.blocks[0].top_k) or adapter.num_experts
+        return StagedAdapter(
+            rows_SD=rows_SD,
+            ordinals=ordinals,
+            config=adapter.config,
+            num_experts=adapter.num_experts,
+            digest=adapter.digest,
+            width=width,
+            num_parameters=adapter.num_parameters,
         )
-        self._write_tables(adapter, slot, first_row, first_expert)
-        return slot
 
-    def unload(self, slot: int) -> None:
-        """Free an adapter's rows, zeroed, and its entries in the tables."""
-        resident = self._residents.pop(slot)
-        experts = slice(resident.first_expert, resident.first_expert + resident.num_experts)
+    def place(self, staged: StagedAdapter) -> Placement | None:
+        """Reserve rows for an adapter, in one run or in pieces; `None` if the free rows do not hold it."""
+        num_layers, num_experts, rank = len(staged.ordinals), staged.num_experts, staged.config.r
+        num_rank_runs = 2 * num_layers * num_experts
+        num_gates = num_layers if staged.config.variant == "R" else 0
+        assert staged.num_rows == num_rank_runs * rank + num_gates * num_experts
+        first_row = self._rows.take(staged.num_rows)
+        if first_row is not None:
+            gates = first_row + num_rank_runs * rank
+            rank_starts = torch.arange(first_row, gates, rank)
+            gate_starts = torch.arange(gates, first_row + staged.num_rows, num_experts)
+            runs = [(first_row, staged.num_rows)]
+        else:
+            starts = self._rows.take_pieces([(rank, num_rank_runs), (num_experts, num_gates)])
+            if starts is None:
+                return None
+            rank_starts, gate_starts = torch.tensor(starts[0]), torch.tensor(starts[1], dtype=torch.int64)
+            runs = _joined([(start, rank) for start in starts[0]] + [(start, num_experts) for start in starts[1]])
+        return Placement(runs, rank_starts.view(num_layers, 2, num_experts), gate_starts)
+
+    def copy(self, staged: StagedAdapter, placement: Placement, max_bytes: int) -> int:
+        """Copy the next rows of an adapter to where it was placed; on a GPU, on a stream of their own.
+
+        Args:
+            max_bytes: at most so many, but never less than one row.
+
+        Returns:
+            How many bytes that were; 0 when all are on their way.
+        """
+        num_rows = min(max(max_bytes // self.row_bytes, 1), staged.num_rows - placement.num_done)
+        if not num_rows:
+            return 0
+        if self._stream is None:
+            self._copy_rows(staged, placement, num_rows)
+        else:
+            # behind the kernels that read the rows' former owner, and behind their wiping
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                self._copy_rows(staged, placement, num_rows)
+                placement.copied = torch.cuda.Event()
+                placement.copied.record(self._stream)
+        placement.num_done += num_rows
+        return num_rows * self.row_bytes
+
+    def is_copied(self, staged: StagedAdapter, placement: Placement) -> bool:
+        """Whether every row is there."""
+        return placement.num_done == staged.num_rows and (placement.copied is None or placement.copied.query())
+
+    def publish(self, staged: StagedAdapter, placement: Placement) -> int:
+        """Enter an adapter that is copied into the tables; returns its slot."""
+        assert self.is_copied(staged, placement)
+        with torch.inference_mode(False):
+            placement.num_experts = staged.num_experts
+            placement.first_expert = self._take_experts(staged.num_experts)
+            placement.slot = self._take_slot()
+            self._write_tables(staged, placement)
+        self._residents[placement.slot] = placement
+        return placement.slot
+
+    def load(self, staged: StagedAdapter) -> int | None:
+        """`place`, `copy` and `publish` at once; returns the slot, or `None` if there is no room."""
+        placement = self.place(staged)
+        if placement is None:
+            return None
+        while self.copy(staged, placement, staged.num_bytes):
+            pass
+        if placement.copied is not None:
+            placement.copied.synchronize()
+        return self.publish(staged, placement)
+
+    def runs_of(self, slot: int) -> list[tuple[int, int]]:
+        """Where a published adapter lies: (first row, number of rows) of each run."""
+        return list(self._residents[slot].runs)
+
+    def evict(self, slot: int) -> None:
+        """Take an adapter out of the tables; its rows are free when `wipe` has zeroed them."""
+        placement = self._residents.pop(slot)
+        experts = slice(placement.first_expert, placement.first_expert + placement.num_experts)
         self.rank_LE[:, experts] = 0
         self.rule_A6[slot] = 0
         self.gate_row_LA[:, slot] = -1
-        self._clear_rows(resident.first_row, resident.num_rows)
-        self._experts.give(resident.first_expert, resident.num_experts)
+        self._experts.give(placement.first_expert, placement.num_experts)
+        heapq.heappush(self._free_slots, slot)
+        self.abandon(placement)
 
-    def _copy_rows(self, adapter: Adapter, first_row: int) -> None:
-        rows_SD = torch.cat([t.reshape(-1, t.shape[-1]) for t in _in_row_order(adapter)])
-        target_SD = self.rows_SD[first_row : first_row + rows_SD.shape[0]]
-        target_SD.copy_(rows_SD)
-        if rows_SD.dtype != target_SD.dtype and not bool(torch.isfinite(target_SD).all()):
-            raise AdapterError(f"its values do not fit into {target_SD.dtype}")
+    def abandon(self, placement: Placement) -> None:
+        """Give up an adapter that is placed, but not published; its rows are free when `wipe` has zeroed them."""
+        if placement.copied is not None:  # the rows are wiped behind what is still being copied into them
+            torch.cuda.current_stream(self.device).wait_event(placement.copied)
+        placement.num_done = 0
+        self._wiping.append(placement)
+        self._num_wiping_rows += placement.num_rows
 
-    def _clear_rows(self, first_row: int, num_rows: int) -> None:
-        self.rows_SD[first_row : first_row + num_rows] = 0
-        self._rows.give(first_row, num_rows)
+    def wipe(self, max_bytes: int | None = None) -> int:
+        """Zero rows of evicted adapters, and free them.
 
-    def _write_tables(self, adapter: Adapter, slot: int, first_row: int, first_expert: int) -> None:
-        config, num_experts = adapter.config, adapter.num_experts
-        experts = slice(first_expert, first_expert + num_experts)
+        Args:
+            max_bytes: at most so many, but never less than one row.
+
+        Returns:
+            How many bytes that were.
+        """
+        left = self._num_wiping_rows if max_bytes is None else max(max_bytes // self.row_bytes, 1)
+        num_wiped = 0
+        while self._wiping and left:
+            placement = self._wiping[0]
+            runs = placement.next_runs(left)
+            for _, row, length in runs:
+                self.rows_SD[row : row + length] = 0
+                self._rows.give(row, length)
+                placement.num_done += length
+                left -= length
+                num_wiped += length
+            if placement.num_done == placement.num_rows:
+                self._wiping.popleft()
+        self._num_wiping_rows -= num_wiped
+        return num_wiped * self.row_bytes
+
+    def _copy_rows(self, staged: StagedAdapter, placement: Placement, num_rows: int) -> None:
+        for source, row, length in placement.next_runs(num_rows):
+            self.rows_SD[row : row + length].copy_(staged.rows_SD[source : source + length], non_blocking=True)
+
+    def _write_tables(self, staged: StagedAdapter, placement: Placement) -> None:
+        config, slot = staged.config, placement.slot
+        experts = slice(placement.first_expert, placement.first_expert + staged.num_experts)
         self.scale_E[experts] = config.scale
         self.silu_E[experts] = config.unit == "parallel"
+        self.rule_A6[slot] = torch.tensor(_rule(config, staged.num_experts, placement.first_expert))
         self.rank_LE[:, experts] = 0  # layers that the adapter leaves alone
         self.gate_row_LA[:, slot] = -1
-        self.rule_A6[slot] = torch.tensor(_rule(config, num_experts, first_expert))
-        local_E = torch.arange(num_experts, device=self.rows_SD.device) * config.r
-        row = first_row
-        for l, block in enumerate(self.blocks):
-            if block.layer not in adapter.layers:
-                continue
-            self.down_row_LE[l, experts] = row + local_E
-            row += num_experts * config.r
-            self.up_row_LE[l, experts] = row + local_E
-            row += num_experts * config.r
-            self.rank_LE[l, experts] = config.r
-            if adapter.layers[block.layer].gate_MD is not None:
-                self.gate_row_LA[l, slot] = row
-                row += num_experts
+        layers = torch.tensor(staged.ordinals, device=self.device)
+        self.down_row_LE[layers, experts] = placement.rank_starts[:, 0].to(self.device)
+        self.up_row_LE[layers, experts] = placement.rank_starts[:, 1].to(self.device)
+        self.rank_LE[layers, experts] = config.r
+        if placement.gate_starts.numel():
+            self.gate_row_LA[layers, slot] = placement.gate_starts.to(self.device)
 
     def _take_experts(self, num_experts: int) -> int:
         first = self._experts.take(num_experts)
         if first is None:
-            self._experts.grow(max(2 * self._experts.size, self._experts.size + num_experts, 64))
+            self._experts.grow(2 * self._experts.size + num_experts)
             for name in ("down_row_LE", "up_row_LE", "rank_LE", "scale_E", "silu_E"):
                 setattr(self, name, _grown(getattr(self, name), -1, self._experts.size, 0))
             first = self._experts.take(num_experts)
         assert first is not None
         return first
 
-    def _free_slot(self) -> int:
-        slot = next(slot for slot in range(len(self._residents) + 1) if slot not in self._residents)
-        if slot >= self.rule_A6.shape[0]:
-            size = max(2 * slot, 16)
-            self.rule_A6 = _grown(self.rule_A6, 0, size, 0)
-            self.gate_row_LA = _grown(self.gate_row_LA, 1, size, -1)
+    def _take_slot(self) -> int:
+        if self._free_slots:
+            return heapq.heappop(self._free_slots)
+        slot = self._num_slots
+        self._num_slots += 1
+        if slot == self.rule_A6.shape[0]:
+            self.rule_A6 = _grown(self.rule_A6, 0, 2 * slot, 0)
+            self.gate_row_LA = _grown(self.gate_row_LA, 1, 2 * slot, -1)
         return slot
 
 
-def _in_row_order(adapter: Adapter) -> list[Tensor]:
-    """An adapter's tensors as they follow one another in the pool: by layer, down, up, gate."""
-    tensors = []
-    for layer in sorted(adapter.layers):
-        rows = adapter.layers[layer]
-        tensors += [rows.down_MRD, rows.up_MRD] + ([] if rows.gate_MD is None else [rows.gate_MD])
-    return tensors
+def _joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs in the same order, those that follow one another without a gap as one."""
+    joined: list[tuple[int, int]] = []
+    for start, length in runs:
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        else:
+            joined.append((start, length))
+    return joined
 
 
 def _rule(config: PerftConfig, num_experts: int, first_expert: int) -> list[int]:

@@ -1,124 +1,434 @@
-"""The adapters a server has, by name: found in folders, validated, copied into the arena, let go.
+"""The life of adapters: registered, read by a loader thread, in host memory, in the arena, gone.
 
-In: names and folders. Out: `AdapterInfo` for people, and for the engine the slot that a name stands for now. It knows no
-requests: the engine asks it not to unload what is in use.
+In: refs (`catalog.AdapterRef`), as requests for them come, run and end, and `poll` between the engine's steps. Out: leases on
+resident adapters, statuses, numbers. It knows no requests and no batch, and leaves to `tiers.py` what is in which memory. One
+thread uses it. No call's time grows with the number of adapters that are known.
+
+An *entry* here is one version of a name, a *content* what an adapter computes, by its digest: entries of equal content share
+its memory. Loads start in the order in which they were asked for, `MAX_LOADS` at once; none starts while requests wait for
+all that host memory holds, so a crowd of waiting adapters cannot push one another out. Files that change while requests run
+on them end those requests: no request sees two contents.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
-from perft.adapter import CONFIG_FILE, Adapter, read_adapter
 from perft.errors import AdapterError
-from perft_serve.adapters.arena import AdapterArena
+from perft_serve.adapters.arena import AdapterArena, StagedAdapter
+from perft_serve.adapters.catalog import AdapterRef
+from perft_serve.adapters.loader import MAX_LOADS, Loaded, Loader
+from perft_serve.adapters.status import AdapterMemory, AdapterState, AdapterStatus, Hold, Lease
+from perft_serve.adapters.tiers import Content, Tiers
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,255}")
+_Key: TypeAlias = "tuple[str, int]"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdapterInfo:
-    """What can be said of a resident adapter; holds no path of the server."""
+class _Entry:
+    """One version of a name."""
 
-    name: str
-    variant: str
-    unit: str
-    num_experts: int
-    top_k: int | None
-    r: int
-    num_parameters: int
-    num_bytes: int
-    digest: str
+    __slots__ = (
+        "content",
+        "digest",
+        "error",
+        "facts",
+        "is_retired",
+        "is_warmed",
+        "last_used",
+        "load_number",
+        "num_in_flight",
+        "pinned",
+        "ref",
+        "was_run",
+    )
+
+    def __init__(self, ref: AdapterRef, *, is_retired: bool) -> None:
+        self.ref = ref
+        self.is_retired = is_retired
+        self.content: Content | None = None  # while it is in a tier
+        self.digest: str | None = None
+        self.error: str | None = None
+        self.facts: dict[str, Any] = {}  # fields of AdapterStatus that come from the file
+        self.is_warmed = False  # to be loaded though nobody waits
+        self.last_used: float | None = None
+        self.load_number: int | None = None  # while it is being loaded
+        self.num_in_flight = 0
+        self.pinned = False
+        self.was_run = False  # requests that are in flight now have run, on `digest`
+
+    @property
+    def key(self) -> _Key:
+        return (self.ref.name, self.ref.version)
 
 
 class AdapterStore:
-    """Named adapters in one arena.
+    """Adapters in one arena and in the host memory behind it.
 
     Args:
-        arena: where they are kept.
+        arena: the device memory; nobody else loads into it.
+        host_bytes: size of the host tier. Loads under way come on top.
+        wake: called when `poll` has something to do: by a loader thread when a load has ended, or at the end of a call here.
     """
 
-    def __init__(self, arena: AdapterArena) -> None:
+    def __init__(self, arena: AdapterArena, *, host_bytes: int, wake: Callable[[], None] | None = None) -> None:
         self._arena = arena
-        self._slots: dict[str, int] = {}
-        self._infos: dict[str, AdapterInfo] = {}
-        self._widths: dict[str, int] = {}
+        self._host_bytes = host_bytes
+        self._wake = wake if wake is not None else lambda: None
+        self._tiers = Tiers(arena, host_bytes, self._on_move)
+        self._loader = Loader(arena.blocks, arena.stage, self._wake)
+        self._load_numbers = itertools.count()
+        self._entries: dict[str, dict[int, _Entry]] = {}  # by name and version
+        self._entries_of: dict[str, dict[_Key, _Entry]] = {}  # by digest, of contents that are in a tier
+        self._retired: dict[str, int] = {}  # name to the highest version that is retired
+        self._pending: dict[_Key, _Entry] = {}  # to be loaded, first come first
+        self._loading: dict[int, _Entry] = {}  # by number of the load
+        self._changed: dict[_Key, _Entry] = {}
+        self._last_words: list[AdapterStatus] = []  # of entries that are gone
+        self._num_loads = 0
+        self._num_load_failures = 0
+        self._load_seconds = 0.0
 
-    def load(self, name: str, path: str | Path) -> AdapterInfo:
-        """Read, check and copy in the adapter in folder `path`; it can be used under `name` from then on.
+    def enter(self, ref: AdapterRef) -> None:
+        """A request for `ref` has come: it is in flight until `leave`, and the adapter is brought.
+
+        If its last load failed, it is tried again.
+        """
+        entry = self._entry(ref)
+        entry.num_in_flight += 1
+        entry.last_used = time.time()
+        entry.error = None
+        self._note(entry)
+        if entry.content is None:
+            self._want(entry)
+        else:
+            self._tiers.add_waiting(entry.content, 1)
+            self._tiers.touch(entry.content)
+
+    def leave(self, ref: AdapterRef) -> None:
+        """A request that has entered is over. If it holds a lease, that is released first."""
+        entry = self._entries[ref.name][ref.version]
+        assert entry.num_in_flight
+        entry.num_in_flight -= 1
+        entry.last_used = time.time()
+        self._note(entry)
+        if entry.content is not None:
+            self._tiers.add_waiting(entry.content, -1)
+            self._tiers.trim_host()
+        if not entry.num_in_flight:
+            entry.was_run = False
+            if entry.is_retired:
+                self._remove(entry)
+            elif entry.content is None and entry.error is not None:
+                self._forget(entry)
+            elif not entry.is_warmed:
+                self._pending.pop(entry.key, None)
+        self._nudge()
+
+    def acquire(self, ref: AdapterRef) -> Lease | Hold:
+        """A lease on an adapter for which a request is in flight, or why there is none yet.
+
+        Evicts adapters that nobody uses, if that makes room, and copies at once as far as this step's share allows.
 
         Raises:
-            AdapterError: the name is taken or not a name, or the adapter is broken, does not fit the base, or does not fit
-                into the arena. Nothing is left behind.
+            AdapterError: it could not be loaded, or can never fit beside what is pinned.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise AdapterError(
-                f"{name!r} cannot be an adapter's name: use letters, digits and . _ : / @ + -, 256 characters at most, "
-                "with a letter or digit first"
-            )
-        if name in self._slots:
-            raise AdapterError(f"there is an adapter {name!r} already; unload it first")
+        entry = self._entries[ref.name][ref.version]
+        assert entry.num_in_flight
+        content = entry.content
+        if content is None:
+            if entry.error is not None:
+                raise AdapterError(f"adapter {ref.name!r} could not be loaded: {entry.error}")
+            self._want(entry)
+            return Hold.LOADING
         try:
-            adapter = read_adapter(path, self._arena.blocks)
-            slot = self._arena.load(adapter)
+            hold = self._tiers.bring(content)
         except AdapterError as error:
-            raise type(error)(f"adapter {name!r}: {error}") from error
-        self._slots[name] = slot
-        self._infos[name] = self._describe(name, adapter)
-        # where nobody knows the base's top-k, a token could at the most take all
-        width = adapter.config.experts_per_token(adapter.num_experts, self._arena.blocks[0].top_k)
-        self._widths[name] = width or adapter.num_experts
-        return self._infos[name]
+            raise AdapterError(f"adapter {ref.name!r}: {error}") from error
+        if hold is not None:
+            self._nudge()
+            return hold
+        self._tiers.hold(content)
+        entry.was_run = True
+        return Lease(ref=ref, slot=content.slot, width=content.width, digest=content.digest)
 
-    def unload(self, name: str) -> None:
-        """Let an adapter go.
+    def release(self, lease: Lease) -> None:
+        """The sequence that had this lease no longer runs."""
+        entry = self._entries[lease.ref.name][lease.ref.version]
+        assert entry.content is not None
+        assert entry.content.slot == lease.slot
+        self._tiers.let_go(entry.content)
+        self._nudge()
+
+    def warm(self, ref: AdapterRef, pin: bool = False) -> None:
+        """Bring an adapter without a request: into host memory, and into the arena if there is room that nobody has.
+
+        Args:
+            ref: which one.
+            pin: bring it into the arena in any case and never evict it, until it is retired. If that turns out not to be
+                possible only when it has been read, its status says why, and that it is not pinned.
 
         Raises:
-            AdapterError: there is none of that name.
+            AdapterError: it is retired, or cannot be pinned.
         """
-        if name not in self._slots:
-            raise AdapterError(f"there is no adapter {name!r}")
-        del self._infos[name], self._widths[name]
-        self._arena.unload(self._slots.pop(name))
+        if ref.version <= self._retired.get(ref.name, 0):
+            raise AdapterError(f"version {ref.version} of adapter {ref.name!r} was deleted or replaced")
+        entry = self._entry(ref)
+        entry.error = None
+        self._note(entry)
+        if entry.content is None:
+            entry.is_warmed = True
+            entry.pinned = entry.pinned or pin
+            self._want(entry)
+        else:
+            if pin:
+                self._pin(entry)
+            self._tiers.bring_if_free(entry.content)
+        self._nudge()
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._slots
+    def retire(self, name: str, up_to_version: int) -> None:
+        """No new requests come for these versions: each is dropped as soon as nothing is in flight on it.
 
-    def slot(self, name: str) -> int:
-        """The arena's slot of a resident adapter."""
-        return self._slots[name]
+        Every version that goes is reported as `removed`, and `up_to_version` in any case.
+        """
+        self._retired[name] = max(up_to_version, self._retired.get(name, 0))
+        versions = self._entries.get(name, {})
+        if up_to_version not in versions:
+            self._last_words.append(AdapterStatus(name=name, version=up_to_version, state="removed"))
+        for entry in [entry for version, entry in versions.items() if version <= up_to_version]:
+            entry.is_retired = True
+            self._unpin(entry)
+            self._note(entry)
+            if not entry.num_in_flight:
+                self._remove(entry)
+        self._nudge()
 
-    def width(self, name: str) -> int:
-        """The most adapter experts that one token of this adapter takes."""
-        return self._widths[name]
+    def poll(self) -> bool:
+        """Between two steps: takes in loads that have ended, starts others, goes on copying and wiping.
 
-    def list(self) -> list[AdapterInfo]:
-        """All resident adapters, in the order in which they came."""
-        return [*self._infos.values()]
+        Returns:
+            `has_work()` as it is then.
+        """
+        for loaded in self._loader.take_results():
+            self._take_in(loaded)
+        self._tiers.step()
+        self._start_loads()
+        self._nudge()
+        return self.has_work()
 
-    def _describe(self, name: str, adapter: Adapter) -> AdapterInfo:
-        return AdapterInfo(
-            name=name,
-            variant=adapter.config.variant,
-            unit=adapter.config.unit,
-            num_experts=adapter.num_experts,
-            top_k=adapter.config.top_k,
-            r=adapter.config.r,
-            num_parameters=adapter.num_parameters,
-            num_bytes=self._arena.num_bytes_of(adapter),
-            digest=adapter.digest,
+    def has_work(self) -> bool:
+        """Whether `poll` has something to do now, rather than when a load has ended or a lease is released."""
+        return self._loader.has_results or self._tiers.has_work or self._can_start_a_load()
+
+    def updates(self) -> list[AdapterStatus]:
+        """Statuses that have changed since the last call; what is gone comes first."""
+        statuses = self._last_words + [self._status(entry) for entry in self._changed.values()]
+        self._last_words, self._changed = [], {}
+        return statuses
+
+    def memory(self) -> AdapterMemory:
+        """The memory of adapters now."""
+        return AdapterMemory(
+            arena_bytes=self._arena.num_bytes,
+            arena_used_bytes=self._arena.num_bytes - self._arena.num_free_bytes,
+            host_bytes=self._host_bytes,
+            host_used_bytes=self._tiers.host_used_bytes,
+            num_resident=self._tiers.num_resident,
+            num_loads=self._num_loads,
+            num_load_failures=self._num_load_failures,
+            num_evictions=self._tiers.num_evictions,
+            load_seconds=self._load_seconds,
         )
 
+    def load_now(self, ref: AdapterRef, pin: bool = False) -> AdapterStatus:
+        """Load an adapter in the caller's thread, for the start: into the arena if there is room, else into host memory.
 
-def find_adapters(folder: str | Path) -> Mapping[str, Path]:
-    """The adapters in a folder of adapters: each sub-folder with an `adapter_config.json`, under its own name.
+        Raises:
+            AdapterError: it cannot be loaded, or not be pinned.
+        """
+        entry = self._entry(ref)
+        assert entry.content is None
+        entry.is_warmed = True
+        entry.pinned = pin
+        entry.load_number = next(self._load_numbers)
+        self._loading[entry.load_number] = entry
+        self._take_in(self._loader.load_as_data(entry.load_number, ref.source))
+        if entry.error is not None:
+            raise AdapterError(f"adapter {ref.name!r} (from {ref.source!r}): {entry.error}")
+        while entry.content is not None and self._tiers.is_incoming(entry.content):
+            self._tiers.step()
+        return self._status(entry)
 
-    Raises:
-        AdapterError: the folder does not exist.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise AdapterError(f"no folder of adapters at {str(folder)!r}")
-    return {entry.name: entry for entry in sorted(root.iterdir()) if (entry / CONFIG_FILE).is_file()}
+    def close(self) -> None:
+        """Let the loader threads end."""
+        self._loader.close()
+
+    def _entry(self, ref: AdapterRef) -> _Entry:
+        versions = self._entries.setdefault(ref.name, {})
+        if ref.version not in versions:
+            versions[ref.version] = _Entry(ref, is_retired=ref.version <= self._retired.get(ref.name, 0))
+        return versions[ref.version]
+
+    def _note(self, entry: _Entry) -> None:
+        self._changed[entry.key] = entry
+
+    def _nudge(self) -> None:
+        if self.has_work():
+            self._wake()
+
+    def _status(self, entry: _Entry) -> AdapterStatus:
+        state: AdapterState
+        if entry.content is not None:
+            state = "resident" if entry.content.is_resident else "host"
+        elif entry.load_number is not None or entry.key in self._pending:
+            state = "loading"
+        else:
+            state = "registered" if entry.error is None else "failed"
+        return AdapterStatus(
+            name=entry.ref.name,
+            version=entry.ref.version,
+            state=state,
+            error=entry.error,
+            pinned=entry.pinned,
+            num_in_flight=entry.num_in_flight,
+            last_used=entry.last_used,
+            **entry.facts,
+        )
+
+    def _remove(self, entry: _Entry) -> None:
+        """A retired version goes."""
+        self._last_words.append(
+            AdapterStatus(
+                name=entry.ref.name,
+                version=entry.ref.version,
+                state="removed",
+                last_used=entry.last_used,
+                **entry.facts,
+            )
+        )
+        self._discard(entry)
+
+    def _forget(self, entry: _Entry) -> None:
+        """A failed load that nobody waits for is reported and not kept."""
+        self._last_words.append(self._status(entry))
+        self._discard(entry)
+
+    def _discard(self, entry: _Entry) -> None:
+        versions = self._entries[entry.ref.name]
+        del versions[entry.ref.version]
+        if not versions:
+            del self._entries[entry.ref.name]
+        self._changed.pop(entry.key, None)
+        self._pending.pop(entry.key, None)
+        entry.load_number = None  # what is being loaded for it will find no taker
+        content = entry.content
+        if content is not None:
+            self._unpin(entry)
+            entry.content = None
+            sharers = self._entries_of[content.digest]
+            del sharers[entry.key]
+            if not sharers:
+                self._tiers.drop(content)
+
+    def _want(self, entry: _Entry) -> None:
+        if entry.load_number is None and entry.key not in self._pending:
+            self._pending[entry.key] = entry
+            self._note(entry)
+            self._start_loads()
+
+    def _can_start_a_load(self) -> bool:
+        return bool(self._pending) and self._tiers.has_host_room and self._loader.num_loads < MAX_LOADS
+
+    def _start_loads(self) -> None:
+        while self._can_start_a_load():
+            entry = self._pending.pop(next(iter(self._pending)))
+            entry.load_number = next(self._load_numbers)
+            self._loading[entry.load_number] = entry
+            self._loader.start(entry.load_number, entry.ref.source)
+
+    def _take_in(self, loaded: Loaded) -> None:
+        self._load_seconds += loaded.seconds
+        if loaded.staged is None:
+            self._num_load_failures += 1
+        else:
+            self._num_loads += 1
+        entry = self._loading.pop(loaded.number)
+        if entry.load_number != loaded.number:  # it was retired meanwhile
+            return
+        entry.load_number = None
+        self._note(entry)
+        reason = loaded.error if loaded.staged is None else self._objection(entry, loaded.staged)
+        if loaded.staged is not None and reason is None:
+            self._attach(entry, loaded.staged)
+            return
+        entry.error = reason
+        entry.pinned = entry.is_warmed = False
+        if not entry.num_in_flight:
+            self._forget(entry)
+
+    def _objection(self, entry: _Entry, staged: StagedAdapter) -> str | None:
+        """Why an adapter that was read cannot be used."""
+        if staged.num_rows > self._arena.num_rows:
+            return (
+                f"it needs {staged.num_bytes:,} bytes of adapter memory, which has {self._arena.num_bytes:,} in all; start "
+                "the server with a larger --adapter-memory"
+            )
+        if entry.was_run and entry.digest != staged.digest:
+            return (
+                "its files were changed while requests ran on it, which cannot go on; to change an adapter, load it under "
+                "its name again"
+            )
+        return None
+
+    def _attach(self, entry: _Entry, staged: StagedAdapter) -> None:
+        """An entry's content has been read."""
+        config = staged.config
+        entry.digest = staged.digest
+        entry.facts = {
+            "variant": config.variant,
+            "unit": config.unit,
+            "num_experts": staged.num_experts,
+            "top_k": config.top_k,
+            "r": config.r,
+            "num_parameters": staged.num_parameters,
+            "num_bytes": staged.num_bytes,
+            "digest": staged.digest,
+        }
+        content = self._tiers.add(staged)
+        self._entries_of.setdefault(content.digest, {})[entry.key] = entry
+        entry.content = content
+        self._tiers.add_waiting(content, entry.num_in_flight)
+        if entry.pinned:
+            try:
+                self._pin(entry, anew=True)
+            except AdapterError as error:
+                entry.error = str(error)
+        elif entry.is_warmed:
+            self._tiers.bring_if_free(content)
+        entry.is_warmed = False
+        self._tiers.trim_host()
+
+    def _pin(self, entry: _Entry, *, anew: bool = False) -> None:
+        """Pin an entry's content, once for each entry."""
+        assert entry.content is not None
+        if entry.pinned and not anew:
+            return
+        entry.pinned = False
+        self._tiers.pin(entry.content)
+        entry.pinned = True
+
+    def _unpin(self, entry: _Entry) -> None:
+        if entry.pinned and entry.content is not None:
+            self._tiers.unpin(entry.content)
+        entry.pinned = False
+
+    def _on_move(self, content: Content) -> None:
+        """A content has come into the arena, or left it, or is in no tier any more."""
+        for entry in self._entries_of[content.digest].values():
+            self._note(entry)
+            if not content.is_anywhere:
+                entry.content = None
+        if not content.is_anywhere:
+            del self._entries_of[content.digest]

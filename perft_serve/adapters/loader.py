@@ -1,0 +1,170 @@
+"""Adapters read, checked and staged off the engine's loop, each load in a thread of its own.
+
+In: a source. Out: a `StagedAdapter`, or why there is none, as data. A thread fetches (which may hang on a network and then
+holds up nothing but itself), reads (`perft.adapter`: safetensors only, whole or not at all, fitting the base) and stages.
+Only the queue of results is shared with the engine's thread. It knows no names.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from perft.adapter import Adapter, read_adapter
+from perft.errors import AdapterError
+from perft.moe import MoeBlock
+from perft_serve.adapters.arena import StagedAdapter
+from perft_serve.adapters.sources import fetched
+
+# Loads under way at once. One that hangs keeps its thread; when so many hang, nothing else can be loaded.
+MAX_LOADS = 8
+# Of these, a few may compute at once, since cores are the engine's. On a disk that hangs nobody waits for long, though.
+_MAX_READING = max(1, min(MAX_LOADS, (os.cpu_count() or 1) // 4))
+_READING_PATIENCE_SECONDS = 2.0
+_CLOSING_PATIENCE_SECONDS = 5.0
+_NICENESS = 0
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """How a load ended.
+
+    Args:
+        number: what `Loader.start` was given.
+        staged: the adapter; `None` if it failed.
+        error: the reason then; names no source and no path.
+        seconds: from the start of fetching to the end.
+    """
+
+    number: int
+    staged: StagedAdapter | None
+    error: str | None
+    seconds: float
+
+
+class Loader:
+    """Loads, each in a thread of its own.
+
+    Args:
+        blocks: MoE blocks of the base that adapters must fit.
+        stage: makes of a checked adapter what the arena copies.
+        wake: called from a loading thread whenever a load has ended.
+    """
+
+    def __init__(
+        self, blocks: Sequence[MoeBlock], stage: Callable[[Adapter], StagedAdapter], wake: Callable[[], None]
+    ) -> None:
+        self._blocks = tuple(blocks)
+        self._stage = stage
+        self._wake = wake
+        self._results: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
+        self._reading = threading.Semaphore(_MAX_READING)
+        self._threads: dict[int, threading.Thread] = {}  # of loads that are not taken yet
+
+    @property
+    def num_loads(self) -> int:
+        """Loads that were started and not yet taken."""
+        return len(self._threads)
+
+    @property
+    def has_results(self) -> bool:
+        """Whether `take_results` would give something."""
+        return not self._results.empty()
+
+    def start(self, number: int, source: str) -> None:
+        """Start a load; there must be fewer than `MAX_LOADS`.
+
+        Its thread's tensor operations use one core, or they would compete with the engine's team of threads.
+        `torch.set_num_threads` is the calling thread's own with OpenMP, but it is also what threads that are new to torch
+        begin with; so it is set back here.
+        """
+        assert self.num_loads < MAX_LOADS
+        if not self._threads:
+            atexit.register(self.close)  # an interpreter that ends under a thread in torch aborts the process
+        num_threads = torch.get_num_threads()
+        ready = threading.Event()
+        thread = threading.Thread(
+            target=self._run, args=(number, source, ready), name=f"adapter-load-{number}", daemon=True
+        )
+        self._threads[number] = thread
+        thread.start()
+        ready.wait()
+        torch.set_num_threads(num_threads)
+
+    def take_results(self) -> list[Loaded]:
+        """Loads that have ended since the last call."""
+        results = []
+        while not self._results.empty():
+            results.append(self._results.get())
+            del self._threads[results[-1].number]
+        if results and not self._threads:
+            atexit.unregister(self.close)
+        return results
+
+    def load_as_data(self, number: int, source: str) -> Loaded:
+        """Load in the caller's thread; whatever goes wrong is in the result."""
+        start = time.monotonic()
+        staged, reason = None, None
+        try:
+            staged = self._load(source)
+        except AdapterError as error:
+            reason = str(error)
+            _logger.warning("cannot load the adapter at %r: %s", source, reason)
+        except Exception as error:  # a thread's end: what a source's own library raises must not leave requests waiting
+            reason = f"it cannot be read from its source ({type(error).__name__})"
+            _logger.warning("cannot load the adapter at %r", source, exc_info=True)
+        return Loaded(number=number, staged=staged, error=reason, seconds=time.monotonic() - start)
+
+    def close(self) -> None:
+        """Wait for loads under way, but not for long; one that hangs ends with the process."""
+        atexit.unregister(self.close)
+        deadline = time.monotonic() + _CLOSING_PATIENCE_SECONDS
+        for thread in self._threads.values():
+            thread.join(max(deadline - time.monotonic(), 0))
+
+    def _run(self, number: int, source: str, ready: threading.Event) -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # a thread takes over the process's number at its first use of torch: now, while that is 1
+        ready.set()
+        _be_nice()
+        self._results.put(self.load_as_data(number, source))
+        self._wake()
+
+    def _load(self, source: str) -> StagedAdapter:
+        with fetched(source) as folder:
+            in_turn = self._reading.acquire(timeout=_READING_PATIENCE_SECONDS)
+            try:
+                return self._stage(read_adapter(folder, self._blocks))
+            except AdapterError as error:
+                raise AdapterError(_without_folder(str(error), folder)) from error
+            finally:
+                if in_turn:
+                    self._reading.release()
+
+
+def _be_nice() -> None:
+    """Let the engine's threads go first where cores are few; on Linux niceness is a thread's own."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with contextlib.suppress(OSError):  # not allowed in some sandboxes, and not needed
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
+
+
+def _without_folder(message: str, folder: Path) -> str:
+    """A message of `perft.adapter` that names no path: requests' senders read it."""
+    for path, instead in ((f"{folder}{os.sep}", ""), (repr(str(folder)), "its folder"), (str(folder), "its folder")):
+        message = message.replace(path, instead)
+    return message

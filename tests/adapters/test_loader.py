@@ -1,0 +1,199 @@
+"""Loading off the engine's thread: results and reasons as data, one core, and a load that hangs holds up nobody else."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from staging import BLOCKS, make_adapter, make_arena, read
+from tiny import random_adapter
+
+from perft import PerftConfig
+from perft_serve.adapters import loader as loader_module
+from perft_serve.adapters.arena import StagedAdapter
+from perft_serve.adapters.loader import MAX_LOADS, Loaded, Loader
+
+
+@pytest.fixture
+def woken() -> threading.Semaphore:
+    return threading.Semaphore(0)
+
+
+@pytest.fixture
+def loader(woken: threading.Semaphore) -> Iterator[Loader]:
+    loader = Loader(BLOCKS, make_arena(100).stage, woken.release)
+    yield loader
+    loader.close()
+
+
+def staged(loaded: Loaded) -> StagedAdapter:
+    assert loaded.staged is not None, loaded.error
+    return loaded.staged
+
+
+def test_loads_end_with_results(loader: Loader, woken: threading.Semaphore, tmp_path: Path) -> None:
+    sources = [make_adapter(tmp_path / f"a{i}", seed=i) for i in range(MAX_LOADS)]
+    for i, source in enumerate(sources):
+        loader.start(i, source)
+    assert loader.num_loads == MAX_LOADS
+    for _ in sources:
+        assert woken.acquire(timeout=30)
+    assert loader.has_results
+    results = {loaded.number: loaded for loaded in loader.take_results()}
+    assert loader.num_loads == 0
+    assert loader.take_results() == []
+    for i, source in enumerate(sources):
+        assert staged(results[i]).digest == read(source).digest
+        assert results[i].seconds > 0
+
+
+def broken_adapters(folder: Path) -> dict[str, str]:
+    """Adapters that are wrong in one way each: reason to folder."""
+    made = {
+        "is missing": "tensor",
+        "NaN or infinity": "nan",
+        "not a whole safetensors file": "cut",
+        "never loaded": "pickle",
+        "not readable as JSON": "json",
+        "peft_type is 'LORA'": "lora",
+        "it has no adapter_config.json": "config",
+        "is the adapter for another base": "base",
+        "the file does not exist": "weights",
+    }
+    for name in made.values():
+        source = Path(make_adapter(folder / name))
+        file, config = source / "adapter_model.safetensors", source / "adapter_config.json"
+        tensors = load_file(file)
+        if name == "tensor":
+            del tensors[next(iter(tensors))]
+        elif name == "nan":
+            next(iter(tensors.values()))[0, 0, 0] = float("nan")
+        if name in ("tensor", "nan"):
+            save_file(tensors, file)
+        elif name == "cut":
+            file.write_bytes(file.read_bytes()[:-7])
+        elif name == "pickle":
+            file.rename(file.with_name("adapter_model.bin"))
+        elif name == "json":
+            config.write_text("{")
+        elif name == "lora":
+            config.write_text(config.read_text().replace("PERFT", "LORA"))
+        elif name == "config":
+            config.unlink()
+        elif name == "weights":
+            file.unlink()
+        elif name == "base":
+            shutil.rmtree(source)
+            wide = [replace(block, hidden_size=64) for block in BLOCKS]
+            random_adapter(source, PerftConfig(variant="S", r=2), wide)
+    return {reason: str(folder / name) for reason, name in made.items()}
+
+
+def test_reasons_are_data_and_name_no_path(loader: Loader, woken: threading.Semaphore, tmp_path: Path) -> None:
+    broken = {**broken_adapters(tmp_path), "does not exist": str(tmp_path / "nowhere")}
+    for reason, source in broken.items():
+        loader.start(0, source)
+        assert woken.acquire(timeout=30)
+        (loaded,) = loader.take_results()
+        assert loaded.staged is None
+        assert reason in (loaded.error or "")
+        assert str(tmp_path) not in (loaded.error or ""), "clients read this"
+
+
+def test_an_exception_of_somebody_elses_library_is_a_reason_too(
+    loader: Loader, woken: threading.Semaphore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(source: str) -> None:
+        raise RuntimeError(f"token 12345 refused for {source}")
+
+    monkeypatch.setattr(loader_module, "fetched", fetched)
+    loader.start(0, "s3://bucket/a")
+    assert woken.acquire(timeout=30)
+    (loaded,) = loader.take_results()
+    assert loaded.error == "it cannot be read from its source (RuntimeError)"
+
+
+def test_loads_that_hang_hold_up_nobody_else(
+    loader: Loader, woken: threading.Semaphore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_adapter(tmp_path / "a")
+    network = threading.Event()
+
+    @contextmanager
+    def fetched(where: str) -> Iterator[Path]:
+        if where == "hangs":
+            assert network.wait(30)
+        yield Path(source)
+
+    monkeypatch.setattr(loader_module, "fetched", fetched)
+    for i in range(MAX_LOADS - 1):
+        loader.start(i, "hangs")
+    loader.start(99, source)
+    assert woken.acquire(timeout=30)
+    assert [loaded.number for loaded in loader.take_results()] == [99]
+    network.set()
+    for _ in range(MAX_LOADS - 1):
+        assert woken.acquire(timeout=30)
+    assert len(loader.take_results()) == MAX_LOADS - 1
+
+
+def test_a_disk_that_hangs_holds_up_nobody_for_long(
+    loader: Loader, woken: threading.Semaphore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_adapter(tmp_path / "a")
+    monkeypatch.setattr(loader_module, "_READING_PATIENCE_SECONDS", 0.01)
+    while loader._reading.acquire(blocking=False):  # all that may read at once do, and hang
+        pass
+    loader.start(0, source)
+    assert woken.acquire(timeout=30)
+    assert staged(loader.take_results()[0]).digest == read(source).digest
+
+
+def test_loading_threads_use_one_core_and_change_nothing_for_others(
+    woken: threading.Semaphore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    arena = make_arena(100)
+
+    def stage(adapter: object) -> StagedAdapter:
+        seen.append(torch.get_num_threads())
+        return arena.stage(adapter)  # type: ignore[arg-type]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        loader = Loader(BLOCKS, stage, woken.release)
+        loader.start(0, make_adapter(tmp_path / "a"))
+        assert woken.acquire(timeout=30)
+        newcomer = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        newcomer.start()
+        newcomer.join()
+        assert seen == [1, 2]
+        assert torch.get_num_threads() == 2
+        loader.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_interpreter_that_ends_while_an_adapter_is_loaded(tmp_path: Path) -> None:
+    """A daemon thread inside torch would abort the process."""
+    script = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from staging import BLOCKS, make_arena
+from perft_serve.adapters.loader import Loader
+loader = Loader(BLOCKS, make_arena(100).stage, lambda: None)
+for i in range(4):
+    loader.start(i, {make_adapter(tmp_path / "a")!r})
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
