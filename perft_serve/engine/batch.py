@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from perft_kernels.paged_attention import short_rows
 from perft_serve.engine.scheduler import Plan
 
 
@@ -21,6 +22,7 @@ class Batch:
         width: the most adapter experts that one of the tokens takes; 0: the batch has no adapter.
         pages_BN: page table, 0 where a sequence has no more pages.
         num_queries, context_len: of each sequence, on the host.
+        short_T: sequence of each token, -1 in long prefill chunks (`perft_kernels.paged_attention`).
         logit_rows: which tokens' logits are needed, ascending.
     """
 
@@ -30,6 +32,7 @@ class Batch:
     adapter_T: Tensor
     width: int
     pages_BN: Tensor
+    short_T: Tensor
     num_queries: tuple[int, ...]
     context_len: tuple[int, ...]
     logit_rows: tuple[int, ...]
@@ -60,6 +63,7 @@ def build_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
     def ints(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
+    num_queries = tuple(chunk.num_tokens for chunk in plan.chunks)
     table = [chunk.seq.pages + [0] * (num_pages - len(chunk.seq.pages)) for chunk in plan.chunks]
     return Batch(
         tokens_T=ints(tokens),
@@ -68,7 +72,8 @@ def build_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
         adapter_T=ints(adapters),
         width=max(chunk.seq.width for chunk in plan.chunks),
         pages_BN=torch.tensor(table, dtype=torch.int64, device=device),
-        num_queries=tuple(chunk.num_tokens for chunk in plan.chunks),
+        short_T=ints(short_rows(num_queries)),
+        num_queries=num_queries,
         context_len=tuple(chunk.end for chunk in plan.chunks),
         logit_rows=tuple(logit_rows),
     )

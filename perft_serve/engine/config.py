@@ -15,10 +15,13 @@ class EngineConfig:
 
     model: str = field(metadata={"help": "Base model: a local folder or a Hugging Face Hub id."})
     adapters: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Adapters to load at the start: name to folder."}
+        default_factory=dict, metadata={"help": "Adapters to load at the start: name to folder, hub id or URL."}
     )
     adapter_dir: str | None = field(
-        default=None, metadata={"help": "Folder whose sub-folders are adapters, each served under its own name."}
+        default=None,
+        metadata={
+            "help": "Folder whose sub-folders are adapters, each served under its own name, loaded on first use."
+        },
     )
     dtype: str = field(
         default="auto",
@@ -41,12 +44,30 @@ class EngineConfig:
     adapter_memory: int = field(
         default=1 << 30, metadata={"help": "Memory for resident adapters (bytes, or 512M, 4G, ...).", "unit": "bytes"}
     )
+    host_adapter_memory: int = field(
+        default=4 << 30,
+        metadata={
+            "help": "Host memory for adapters, resident or not, that need not be read again (bytes, or 512M, 4G, ...).",
+            "unit": "bytes",
+        },
+    )
     page_size: int = field(default=16, metadata={"help": "Tokens in a page of the KV cache."})
+    prefix_caching: str = field(
+        default="on",
+        metadata={
+            "help": "on or off: reuse the keys and values of prompts that begin alike.",
+            "choices": ("on", "off"),
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_memory", "adapter_memory", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.host_adapter_memory < 0:
+            raise ValueError(f"host_adapter_memory must be at least 0, got {self.host_adapter_memory}")
+        if self.prefix_caching not in ("on", "off"):
+            raise ValueError(f"prefix_caching must be 'on' or 'off', got {self.prefix_caching!r}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len must be at least 2, got {self.max_model_len}")
         if self.max_num_batched_tokens < self.max_num_seqs:

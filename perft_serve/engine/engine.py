@@ -1,10 +1,21 @@
-"""The engine: requests in, token events out, one step at a time. An ordinary object that one thread drives."""
+"""The engine: requests in, token events out, one step at a time. An ordinary object that one thread drives:
+
+while True:
+    if engine.has_work():
+        events = engine.step()
+    else:
+        ...  # wait for a request, or until `wake` is called (or `engine.wait`)
+"""
 
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Callable
 
-from perft_serve.adapters.store import AdapterInfo, AdapterStore, find_adapters
+from perft_serve.adapters.catalog import AdapterCatalog, AdapterRef
+from perft_serve.adapters.status import AdapterStatus
+from perft_serve.adapters.store import AdapterStore
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
 from perft_serve.engine.limits import Limits
@@ -18,38 +29,53 @@ from perft_serve.engine.sequence import Sequence
 class Engine:
     """A base model, its adapters, and the requests that run on them.
 
+    Everything but `wait` belongs to the thread that drives the engine.
+
     Args:
         config: what to load and how large to be.
+        wake: called from another thread when an adapter has been read, or could not be: there is work again.
 
     Attributes:
         limits: the longest prompt plus completion, and the vocabulary.
         eos_token_ids: tokens that end a text.
+        base_digest: tells this base model from others.
 
     Raises:
         BaseModelError: the base cannot be loaded or served.
-        AdapterError: an adapter is broken or does not fit.
+        AdapterError: one of `config.adapters` is broken, or can never fit.
         ValueError: a setting has no meaning here.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, wake: Callable[[], None] | None = None) -> None:
         self._runner = Runner(config)
-        self._store = AdapterStore(self._runner.arena)
-        if config.adapter_dir is not None:
-            for name, path in find_adapters(config.adapter_dir).items():
-                if name not in config.adapters:
-                    self._store.load(name, path)
-        for name, named_path in config.adapters.items():
-            self._store.load(name, named_path)
         self._pool = PagePool(self._runner.num_pages, config.page_size)
+        self.limits = self._limits(config)
         self.eos_token_ids = self._runner.eos_token_ids
-        self.limits = Limits(max_model_len=self._max_model_len(config), vocab_size=self._runner.vocab_size)
+        self.base_digest = self._runner.base_digest
+        self._wake = wake
+        self._load_ended = threading.Event()
+        self._adapters = AdapterStore(
+            self._runner.arena, host_bytes=config.host_adapter_memory, wake=self._tell_load_ended
+        )
+        self._updates: dict[tuple[str, int], AdapterStatus] = {}
+        self._deleted: dict[str, int] = {}  # the last version that was deleted, by name
         self._scheduler = Scheduler(
             self._pool,
+            self._adapters,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             eos_token_ids=self.eos_token_ids,
+            base_digest=self.base_digest,
+            prefix_caching=config.prefix_caching == "on",
         )
         self._num_steps = 0
+        try:
+            catalog = AdapterCatalog(config.adapters)  # gives them the names and versions that requests will ask for
+            for name in config.adapters:
+                self._adapters.load_now(catalog.resolve(name))
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request.
@@ -57,20 +83,17 @@ class Engine:
         Raises:
             RequestError: it can never be served as it stands; the engine is as before.
         """
-        params = request.params
+        params, ref = request.params, request.adapter
         if request.request_id in self._scheduler:
             raise RequestError(f"request id {request.request_id!r} is in use", param="request_id")
-        if request.adapter is not None and request.adapter not in self._store:
-            raise RequestError(f"there is no adapter {request.adapter!r}", param="model")
+        if ref is not None and ref.version <= self._deleted.get(ref.name, 0):
+            raise RequestError(_was_deleted(ref.name), param="model")
         self.limits.check_prompt(request.prompt_ids)
         self.limits.check_length(request.prompt_ids, params)
-        adapter = request.adapter
         self._scheduler.add(
             Sequence(
                 request=request,
                 seed=random.getrandbits(63) if params.seed is None else params.seed,
-                adapter_slot=-1 if adapter is None else self._store.slot(adapter),
-                width=0 if adapter is None else self._store.width(adapter),
                 max_tokens=self.limits.room(request.prompt_ids) if params.max_tokens is None else params.max_tokens,
             )
         )
@@ -84,17 +107,29 @@ class Engine:
         return self._scheduler.abort_all()
 
     def step(self) -> list[TokenEvent]:
-        """One step forward for as many requests as fit; nothing if there are none."""
+        """One step forward for as many requests as fit; nothing is computed if all of them wait for their adapters.
+
+        Whatever it raises, the requests stay as they were before.
+        """
+        self._load_ended.clear()
+        self._adapters.poll()
+        self._take_updates()
         plan = self._scheduler.schedule()
-        if not plan.chunks:
-            return []
-        results = self._runner.run(plan)
-        self._num_steps += 1
+        try:
+            results = self._runner.run(plan) if plan.chunks else []
+        except BaseException:
+            self._scheduler.roll_back(plan)
+            raise
+        self._num_steps += bool(plan.chunks)
         return self._scheduler.commit(plan, results)
 
     def has_work(self) -> bool:
-        """Whether a request is running or waiting."""
-        return bool(self._scheduler.num_running or self._scheduler.num_waiting)
+        """Whether `step` would do something now. If not, nobody waits, or all that wait do so for adapters being read."""
+        return self._scheduler.has_work() or self._adapters.has_work()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until an adapter has been read, or could not be; false after `timeout` seconds."""
+        return self._load_ended.wait(timeout)
 
     def stats(self) -> EngineStats:
         """The engine's state now."""
@@ -104,39 +139,70 @@ class Engine:
             kv_usage=self._pool.usage,
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
+            prefix_queries=self._scheduler.prefix_queries,
+            prefix_hits=self._scheduler.prefix_hits,
+            adapters=self._adapters.memory(),
         )
 
-    def list_adapters(self) -> list[AdapterInfo]:
-        """The adapters that requests can name."""
-        return self._store.list()
-
-    def load_adapter(self, name: str, path: str) -> AdapterInfo:
-        """Load the adapter in folder `path`; raises `AdapterError` and changes nothing if it cannot be."""
-        return self._store.load(name, path)
-
-    def unload_adapter(self, name: str) -> None:
-        """Let an adapter go.
+    def warm(self, ref: AdapterRef, pin: bool = False) -> None:
+        """Start bringing an adapter without a request; `adapter_updates` tells how it went.
 
         Raises:
-            AdapterError: there is none of that name.
-            RequestError: requests in flight use it.
+            AdapterError: it cannot be pinned.
         """
-        if name in self._store and self._scheduler.uses_slot(self._store.slot(name)):
-            raise RequestError(f"adapter {name!r} is in use by requests in flight; wait for them or abort them")
-        self._store.unload(name)
+        self._adapters.warm(ref, pin)
 
-    def _max_model_len(self, config: EngineConfig) -> int:
+    def retire(self, name: str, up_to_version: int, force: bool = False) -> None:
+        """Drop these versions of an adapter as soon as no request in flight is on them; with `force`, end those requests.
+
+        Without force, a request that was on its way meanwhile is still served.
+        """
+        if force:
+            self._deleted[name] = max(up_to_version, self._deleted.get(name, 0))
+            self._scheduler.delete_adapter(name, up_to_version, _was_deleted(name))
+        self._adapters.retire(name, up_to_version)
+
+    def adapter_updates(self) -> list[AdapterStatus]:
+        """The adapters that have changed since the last call, as they are now."""
+        self._take_updates()
+        updates, self._updates = [*self._updates.values()], {}
+        return updates
+
+    def close(self) -> None:
+        """Drop all requests and stop what runs beside the steps."""
+        self.abort_all()
+        self._adapters.close()
+
+    def _take_updates(self) -> None:
+        for status in self._adapters.updates():
+            self._updates[status.name, status.version] = status
+            self._scheduler.adapter_changed(status.name, status.version)
+
+    def _tell_load_ended(self) -> None:
+        self._load_ended.set()
+        if self._wake is not None:
+            self._wake()
+
+    def _limits(self, config: EngineConfig) -> Limits:
         in_cache = self._pool.num_pages * config.page_size
         context = self._runner.max_position_embeddings
-        if config.max_model_len is None:
-            return in_cache if context is None else min(in_cache, context)
-        if context is not None and config.max_model_len > context:
-            raise ValueError(
-                f"max_model_len={config.max_model_len} is more than the model's context of {context} tokens"
-            )
-        if config.max_model_len > in_cache:
-            raise ValueError(
-                f"max_model_len={config.max_model_len} does not fit into the KV cache, which holds {in_cache} tokens; "
-                "give more kv_memory or a shorter max_model_len"
-            )
-        return config.max_model_len
+        if config.max_model_len is not None:
+            if context is not None and config.max_model_len > context:
+                raise ValueError(
+                    f"max_model_len={config.max_model_len} is more than the model's context of {context} tokens"
+                )
+            if config.max_model_len > in_cache:
+                raise ValueError(
+                    f"max_model_len={config.max_model_len} does not fit into the KV cache, which holds {in_cache} tokens; "
+                    "give more kv_memory or a shorter max_model_len"
+                )
+        asked = config.max_model_len or context
+        return Limits(
+            max_model_len=in_cache if asked is None else min(in_cache, asked),
+            vocab_size=self._runner.vocab_size,
+            num_pages=self._pool.num_pages if asked is None or in_cache < asked else None,
+        )
+
+
+def _was_deleted(name: str) -> str:
+    return f"adapter {name!r} was deleted"

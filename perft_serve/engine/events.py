@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from perft_serve.adapters.catalog import AdapterRef
+from perft_serve.adapters.status import AdapterMemory
 from perft_serve.engine.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ErrorKind = Literal["engine", "adapter", "deleted"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,17 +21,21 @@ class EngineRequest:
         request_id: unique among the requests in flight.
         prompt_ids: token ids of the prompt, at least one.
         params: sampling parameters; `n` and `stop` (strings) are the caller's business, not the engine's.
-        adapter: name of a resident adapter, or `None` for the base.
+        adapter: the version of an adapter that the request is pinned to, or `None` for the base.
         choice: which of the `n` completions this is; it enters the seed, so that they differ.
         arrival: `time.monotonic()` when the request came in.
+        cache_scope: requests of different scopes never share a page of the prefix cache.
+        tenant: whose request it is, for a scheduling policy that is fair between tenants.
     """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
-    adapter: str | None = None
+    adapter: AdapterRef | None = None
     choice: int = 0
     arrival: float = 0.0
+    cache_scope: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +49,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """When a request's life's steps happened (`time.monotonic()`, one process): sent with its first token."""
+    """When a request's life's steps happened (`time.monotonic()`, one machine): sent with its first token."""
 
     arrival: float
     scheduled: float
@@ -59,7 +66,10 @@ class TokenEvent:
         prompt_logprobs: one entry per prompt token, the first `None`; on the first event, if asked for.
         finish_reason: `stop` (end-of-sequence or a stop token: `stop_reason` holds a stop token's id), `length`,
             `abort`, `error` (`error` says why).
-        timing: on the first event.
+        error_kind: whose error it is: the adapter's, which could not be loaded; nobody's, it was deleted while the request
+            was in flight; or else the engine's.
+        timing: on the first event, unless the request ended before it was ever scheduled.
+        num_cached_tokens: how many tokens of the prompt were found in the prefix cache; on the first event.
     """
 
     request_id: str
@@ -69,15 +79,30 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: str | None = None
+    error_kind: ErrorKind | None = None
     timing: Timing | None = None
+    num_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """The engine's state after a step, for metrics."""
+    """The engine's state after a step, for metrics.
 
-    num_running: int
-    num_waiting: int
-    kv_usage: float
-    num_preemptions: int
-    num_steps: int
+    Args:
+        num_running: requests that hold KV pages.
+        num_waiting: requests that hold none: for want of pages or of room in the batch, or for their adapter.
+        kv_usage: share of the KV pages that requests hold, in [0, 1]; what the prefix cache keeps besides is free.
+        num_preemptions, num_steps: since the start.
+        prefix_queries: prompt tokens looked up in the prefix cache since the start.
+        prefix_hits: prompt tokens found there.
+        adapters: the adapters' memory.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    adapters: AdapterMemory = field(default_factory=AdapterMemory)

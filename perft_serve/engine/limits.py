@@ -17,10 +17,12 @@ class Limits:
     Args:
         max_model_len: the longest prompt plus completion, in tokens.
         vocab_size: token ids are below this.
+        num_pages: pages of the KV cache, where it is they and not the model that make it no longer.
     """
 
     max_model_len: int
     vocab_size: int
+    num_pages: int | None = None
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """How many tokens the context has left after the prompt; negative if the prompt alone is too long."""
@@ -57,12 +59,16 @@ class Limits:
         if room < needed:
             raise RequestError(
                 f"the prompt has {len(prompt_ids)} tokens, but the context is {self.max_model_len} tokens, prompt and "
-                f"completion together: shorten the prompt by {needed - room} or more",
+                f"completion together{self._why}: shorten the prompt by {needed - room} or more",
                 param="prompt",
             )
         if params.max_tokens is not None and params.max_tokens > room:
             raise RequestError(
                 f"max_tokens is {params.max_tokens}, but the context of {self.max_model_len} tokens has room for {room} after "
-                f"the prompt's {len(prompt_ids)}",
+                f"the prompt's {len(prompt_ids)}{self._why}",
                 param="max_tokens",
             )
+
+    @property
+    def _why(self) -> str:
+        return "" if self.num_pages is None else f" (all {self.num_pages} pages of the KV cache)"

@@ -18,6 +18,8 @@ from perft.moe import find_moe_blocks
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch, build_batch
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.digest import base_digest
+from perft_serve.engine.packing import pack
 from perft_serve.engine.sampler import sample, token_logprobs, uniform
 from perft_serve.engine.scheduler import Chunk, ChunkResult, Plan
 from perft_serve.engine.seam import KvCache, Seam, install
@@ -34,7 +36,7 @@ class Runner:
 
     Attributes:
         arena: the adapters' memory.
-        vocab_size, max_position_embeddings, eos_token_ids: facts about the model.
+        vocab_size, max_position_embeddings, eos_token_ids, base_digest: facts about the model.
         num_pages: pages that the KV cache has to give.
 
     Raises:
@@ -45,6 +47,7 @@ class Runner:
         self.device = _device(config.device)
         self._page_size = config.page_size
         self._model = load_base(config.model, config.dtype, self.device).eval()
+        self.base_digest = base_digest(self._model)
         text_config = self._model.config.get_text_config()
         _check_rope(text_config)
         self.vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
@@ -52,6 +55,7 @@ class Runner:
         self.eos_token_ids = _eos_token_ids(self._model)
         self.dtype = self._model.dtype
         blocks = find_moe_blocks(self._model)
+        pack(self._model, blocks)
         self._seam = Seam()
         install(self._model, blocks, self._seam)
         shapes = self._kv_shapes(text_config)
@@ -141,7 +145,8 @@ class Runner:
     def _choose(chunk: Chunk, token: int, fine: bool, logprobs: Any) -> ChunkResult:
         if fine:
             return ChunkResult(token_id=token, logprobs=logprobs)
-        whose = "the base model" if chunk.seq.request.adapter is None else f"adapter {chunk.seq.request.adapter!r}"
+        adapter = chunk.seq.request.adapter
+        whose = "the base model" if adapter is None else f"adapter {adapter.name!r}"
         return ChunkResult(error=f"the logits are not numbers (NaN): {whose} gives no usable output")
 
     @staticmethod

@@ -1,21 +1,62 @@
 """Which requests take part in the next step, with how many tokens, on which pages. Plain Python, no torch.
 
-Policy: first come, first served, within a budget of tokens a step. Decoding requests go first, one token each; what is left
-of the budget goes to prefill, in chunks if need be. A request enters when the pages for all its tokens so far are free;
-when a decoding request finds no page, the youngest running request gives its pages back and starts again later
-(preemption by recompute). Nothing is lost by it: sampling depends on seed and position only.
+Who goes first is `policy.py`'s business; here is what follows from it. A request starts when it has a lease of its adapter and
+pages for all its tokens so far, those that the prefix cache knows already shared with others. It keeps the lease until it is
+over, pages or no pages: so those that run wait for nothing but pages, those that wait for pages wait for those that run, and
+nobody waits in a circle.
+
+One that waits for its adapter is parked, together with all others that wait for the same one, and costs nothing until the
+adapter changes (`adapter_changed`) or somebody lets go of a lease. A preempted one is computed again from what the
+prefix cache has kept of it; nothing is lost by it: sampling depends on seed and position only.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias
 
-from perft_serve.engine.events import FinishReason, Timing, TokenEvent, TokenLogprobs
-from perft_serve.engine.pages import PagePool
+from perft.errors import AdapterError
+from perft_serve.adapters.catalog import AdapterRef
+from perft_serve.adapters.status import Hold, Lease
+from perft_serve.engine.events import ErrorKind, FinishReason, Timing, TokenEvent, TokenLogprobs
+from perft_serve.engine.pages import PagePool, page_hash, root_hash
+from perft_serve.engine.policy import (
+    MAX_PASSED_OVER,
+    FirstComeFirstServed,
+    WaitingOrder,
+    chunk_size,
+    decoding,
+    prefilling,
+    victim,
+)
 from perft_serve.engine.sequence import Sequence
+
+# Of thousands of waiting requests one step looks at this many at the most; the next step goes on where it stopped.
+MAX_LOOKS = 256
+# ... and of the adapters that had no room in the arena it asks for the longest waiting first, until so many have none still.
+MAX_TRIES = 4
+
+AdapterKey: TypeAlias = "tuple[str, int]"
+
+
+class Adapters(Protocol):
+    """What is asked of `perft_serve.adapters.store.AdapterStore`."""
+
+    def enter(self, ref: AdapterRef) -> None:
+        """A request for the adapter has come."""
+
+    def acquire(self, ref: AdapterRef) -> Lease | Hold:
+        """The adapter for one sequence, or why it has to wait; raises `AdapterError` if it cannot be had at all."""
+
+    def release(self, lease: Lease) -> None:
+        """The sequence no longer runs on it."""
+
+    def leave(self, ref: AdapterRef) -> None:
+        """The request is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +80,11 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: its chunks, and the pages that change hands and must be cleared first."""
+    """One step: its chunks, and the pages that change hands and must be cleared first.
+
+    A chunk may attend to pages that another chunk of the same plan fills: in every layer the keys and values of the whole
+    batch are written before anybody attends.
+    """
 
     chunks: tuple[Chunk, ...]
     new_pages: tuple[int, ...]
@@ -62,27 +107,94 @@ class ChunkResult:
     error: str | None = None
 
 
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making; `looks` and `tries` are what is left of `MAX_LOOKS` and `MAX_TRIES`."""
+
+    budget: int
+    looks: int
+    tries: int = 0
+    chunks: dict[Sequence, Chunk] = field(default_factory=dict)
+    new_pages: dict[int, None] = field(default_factory=dict)  # a page that changes hands twice is cleared once
+
+
+@dataclass(slots=True)
+class _Parked:
+    """The sequences that wait for one adapter, and why.
+
+    When the adapter has changed, the head is put into the order besides, to ask for it when it is its turn; an overdue one
+    asks before all others.
+    """
+
+    ref: AdapterRef
+    hold: Hold
+    seqs: dict[Sequence, None]
+    has_changed: bool = False
+    head_is_in_order: bool = False
+
+    @property
+    def head(self) -> Sequence:
+        """Who has waited longest."""
+        return next(iter(self.seqs))
+
+    @property
+    def has_no_room(self) -> bool:
+        """Whether somebody waits here for room in the arena."""
+        return self.hold is Hold.NO_ROOM and bool(self.seqs)
+
+
 class Scheduler:
-    """The queue and the running set.
+    """The queues and the running set.
 
     Args:
         pool: the KV pages.
+        adapters: where leases come from.
         max_num_seqs: the most sequences in a step.
         max_num_batched_tokens: the most tokens in a step.
         eos_token_ids: tokens that end a text.
+        base_digest: of the base model; enters the hashes of pages.
+        prefix_caching: whether pages are found again by their hashes.
+        order: who is next of those that could start.
+
+    Attributes:
+        num_preemptions, prefix_queries, prefix_hits: as in `EngineStats`.
     """
 
     def __init__(
-        self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, eos_token_ids: frozenset[int]
+        self,
+        pool: PagePool,
+        adapters: Adapters,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: frozenset[int],
+        base_digest: str = "",
+        prefix_caching: bool = True,
+        order: WaitingOrder | None = None,
     ) -> None:
         self._pool = pool
+        self._adapters = adapters
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._eos_token_ids = eos_token_ids
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # in the order in which they came in
+        self._base_digest = base_digest
+        self._prefix_caching = prefix_caching
         self._by_id: dict[str, Sequence] = {}
+        self._numbers = itertools.count()
+        # A sequence is in one of these:
+        self._running: dict[Sequence, None] = {}  # holds pages; in the order in which they started
+        self._entering: deque[Sequence] = deque()  # preempted, or chosen to start: wants nothing but pages
+        self._parked: dict[AdapterKey, _Parked] = {}  # waits for its adapter
+        self._overdue: dict[AdapterKey, _Parked] = {}  # those of them whose head has been passed over too often
+        self._held_back = (
+            FirstComeFirstServed()
+        )  # could start, but somebody who came earlier has been passed over enough
+        self._order = FirstComeFirstServed() if order is None else order  # all others
+        self._room_may_have_come = False  # in the arena, since those who wait for it were last tried
+        self._ended: list[TokenEvent] = []  # last events of sequences that ended outside of a step
         self.num_preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
 
     @property
     def num_running(self) -> int:
@@ -92,30 +204,38 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that hold none."""
-        return len(self._waiting)
+        return len(self._by_id) - len(self._running)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
-    def uses_slot(self, adapter_slot: int) -> bool:
-        """Whether a sequence in flight has the adapter in this slot of the arena."""
-        return any(seq.adapter_slot == adapter_slot for seq in self._by_id.values())
+    def has_work(self) -> bool:
+        """Whether a step could do something now; if not, all sequences wait for adapters that are being loaded."""
+        return bool(
+            self._running
+            or self._entering
+            or self._ended
+            or self._order.first() is not None
+            or (self._parked and self._room_may_have_come)
+            or any(parked.has_changed for parked in self._overdue.values())
+            or (self._held_back.first() is not None and self._gate() is None)
+        )
 
     def add(self, seq: Sequence) -> None:
-        """Put a new sequence at the end of the queue."""
+        """Put a new sequence in line."""
+        if seq.request.adapter is not None:
+            self._adapters.enter(seq.request.adapter)
+        seq.number = next(self._numbers)
         self._by_id[seq.request.request_id] = seq
-        self._waiting.append(seq)
+        self._order.add(seq)
 
     def abort(self, request_id: str) -> bool:
-        """Drop a sequence wherever it is and free its pages; false if it is not there."""
-        seq = self._by_id.pop(request_id, None)
+        """Drop a sequence wherever it is and free what it holds; false if it is not there."""
+        seq = self._by_id.get(request_id)
         if seq is None:
             return False
-        if seq in self._waiting:
-            self._waiting.remove(seq)
-        else:
-            self._running.remove(seq)
-        self._pool.give(seq.pages)
+        self._take_out(seq)
+        self._drop(seq)
         return True
 
     def abort_all(self) -> list[str]:
@@ -125,36 +245,32 @@ class Scheduler:
             self.abort(request_id)
         return ids
 
+    def delete_adapter(self, name: str, up_to_version: int, error: str) -> None:
+        """End every sequence on these versions of an adapter; the next `commit` says so."""
+        for seq in list(self._by_id.values()):
+            ref = seq.request.adapter
+            if ref is not None and ref.name == name and ref.version <= up_to_version:
+                self._take_out(seq)
+                self._fail(seq, error, "deleted")
+
+    def adapter_changed(self, name: str, version: int) -> None:
+        """An adapter may have been read or copied, or that has failed: those that wait for it are looked at again."""
+        self._room_may_have_come = True
+        parked = self._parked.get((name, version))
+        if parked is not None:
+            self._stir(parked)
+
     def schedule(self) -> Plan:
-        """Choose the next step's chunks. An empty plan means that there is nothing to do."""
-        budget = self._max_num_batched_tokens
-        chunks: list[Chunk] = []
-        new_pages: list[int] = []
-        for seq in [seq for seq in self._running if seq.num_to_compute == 1]:
-            if seq in self._running and self._extend(seq, new_pages, chunks):
-                chunks.append(Chunk(seq, seq.num_computed, 1))
-                budget -= 1
-        for seq in self._running:
-            if seq.num_to_compute > 1 and budget > 0:
-                chunks.append(Chunk(seq, seq.num_computed, min(seq.num_to_compute, budget)))
-                budget -= chunks[-1].num_tokens
-        while self._waiting and budget > 0 and len(self._running) < self._max_num_seqs:
-            seq = self._waiting[0]
-            pages = self._pool.take(self._pool.pages_for(len(seq.token_ids)))
-            if pages is None:
-                break
-            self._running.append(self._waiting.popleft())
-            seq.pages = pages
-            new_pages += pages
-            if seq.scheduled_at is None:
-                seq.scheduled_at = time.monotonic()
-            chunks.append(Chunk(seq, 0, min(seq.num_to_compute, budget)))
-            budget -= chunks[-1].num_tokens
-        return Plan(tuple(chunks), tuple(new_pages))
+        """Choose the next step's chunks. An empty plan means that there is nothing to compute."""
+        draft = _Draft(self._max_num_batched_tokens, MAX_LOOKS)
+        self._plan_decoding(draft)
+        self._plan_prefill(draft)
+        self._plan_starts(draft)
+        return Plan(tuple(draft.chunks.values()), tuple(draft.new_pages))
 
     def commit(self, plan: Plan, results: Seq[ChunkResult]) -> list[TokenEvent]:
-        """Take a step's results in and say what happened, in the order of the plan's chunks."""
-        events = []
+        """Take a step's results in and say what happened: first who ended outside of a step, then in the plan's order."""
+        events, self._ended = self._ended, []
         for chunk, result in zip(plan.chunks, results, strict=True):
             seq = chunk.seq
             seq.num_computed = chunk.end
@@ -169,26 +285,270 @@ class Scheduler:
                 events.append(self._finish(seq, result, "length"))
         return events
 
-    def _extend(self, seq: Sequence, new_pages: list[int], chunks: list[Chunk]) -> bool:
+    def roll_back(self, plan: Plan) -> None:
+        """The plan was not carried out: its sequences start again, and nobody finds pages that it was to fill."""
+        for chunk in plan.chunks:
+            for page in chunk.seq.pages[chunk.start // self._pool.page_size :]:
+                self._pool.forget(page)
+        for chunk in reversed(plan.chunks):
+            self._preempt(chunk.seq)
+
+    # The plan
+
+    def _plan_decoding(self, draft: _Draft) -> None:
+        for seq in decoding(self._running):
+            if seq in self._running and self._extend(seq, draft):
+                self._compute(seq, 1, draft)
+        for chunk in draft.chunks.values():  # only now is it certain that none of them is preempted
+            self._publish(chunk)
+
+    def _plan_prefill(self, draft: _Draft) -> None:
+        for seq in prefilling(self._running):
+            if draft.budget > 0:
+                self._publish(self._compute(seq, chunk_size(seq, draft.budget), draft))
+
+    def _plan_starts(self, draft: _Draft) -> None:
+        draft.tries = MAX_TRIES if self._room_may_have_come else 0
+        while draft.budget > 0 and len(self._running) < self._max_num_seqs:
+            if not self._entering:
+                chosen = self._choose(draft)
+                if chosen is None:
+                    return
+                self._entering.append(chosen)
+            if not self._admit(self._entering[0], draft):
+                return
+            seq = self._entering.popleft()
+            self._publish(self._compute(seq, chunk_size(seq, draft.budget), draft))
+
+    def _compute(self, seq: Sequence, num_tokens: int, draft: _Draft) -> Chunk:
+        chunk = draft.chunks[seq] = Chunk(seq, seq.num_computed, num_tokens)
+        draft.budget -= num_tokens
+        self._order.charge(seq, num_tokens)
+        return chunk
+
+    # Pages
+
+    def _extend(self, seq: Sequence, draft: _Draft) -> bool:
         """Give a decoding sequence the page that its next token needs; false if it was preempted itself."""
         if self._pool.pages_for(len(seq.token_ids)) <= len(seq.pages):
             return True
         while (pages := self._pool.take(1)) is None:
-            youngest = self._running[-1]
-            self._preempt(youngest)
-            chunks[:] = [chunk for chunk in chunks if chunk.seq is not youngest]
-            if youngest is seq:
+            loser = victim(self._running)
+            self._preempt(loser)
+            if draft.chunks.pop(loser, None) is not None:
+                draft.budget += 1
+            if loser is seq:
                 return False
         seq.pages += pages
-        new_pages += pages
+        draft.new_pages.update(dict.fromkeys(pages))
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        self._running.remove(seq)
+        del self._running[seq]
         self._pool.give(seq.pages)
         seq.restart()
-        self._waiting.appendleft(seq)
+        self._entering.appendleft(seq)
         self.num_preemptions += 1
+
+    def _admit(self, seq: Sequence, draft: _Draft) -> bool:
+        """Give a sequence pages for all its tokens, those with its beginning if there are any; false if there are too few."""
+        looks_up = self._prefix_caching and seq.num_prompt_logprobs_wanted is None
+        # one token at least is computed: its logits are wanted
+        found = self._pool.find(self._hashes(seq, len(seq.token_ids) - 1)) if looks_up else []
+        own = self._pool.take(self._pool.pages_for(len(seq.token_ids)) - len(found), found)
+        if own is None:
+            return False
+        self._running[seq] = None
+        seq.pages = found + own
+        seq.num_computed = len(found) * self._pool.page_size
+        draft.new_pages.update(dict.fromkeys(own))
+        if seq.scheduled_at is None:
+            seq.scheduled_at = time.monotonic()
+            seq.num_cached_tokens = seq.num_computed
+            if looks_up:
+                self.prefix_queries += seq.num_prompt
+                self.prefix_hits += seq.num_cached_tokens
+        return True
+
+    def _publish(self, chunk: Chunk) -> None:
+        """Make the pages known that a chunk fills."""
+        size = self._pool.page_size
+        if not self._prefix_caching or chunk.start // size == chunk.end // size:
+            return
+        hashes = self._hashes(chunk.seq, chunk.end)
+        for i in range(chunk.start // size, chunk.end // size):
+            self._pool.publish(chunk.seq.pages[i], hashes[i])
+
+    def _hashes(self, seq: Sequence, num_tokens: int) -> list[bytes]:
+        """The hashes of the pages that its first `num_tokens` tokens fill."""
+        size = self._pool.page_size
+        for i in range(len(seq.page_hashes), num_tokens // size):
+            before = seq.page_hashes[i - 1] if i else seq.root
+            seq.page_hashes.append(page_hash(before, seq.token_ids[i * size : (i + 1) * size]))
+        return seq.page_hashes[: num_tokens // size]
+
+    # Adapters
+
+    def _choose(self, draft: _Draft) -> Sequence | None:
+        """Who is to start next, holding its lease: first those that have been passed over too often, then whoever is next in
+        order and can have its adapter, then those that found no room before.
+        """
+        for parked in sorted(self._overdue.values(), key=_arrival):
+            may_ask = parked.has_changed or (parked.has_no_room and draft.tries)
+            if may_ask and (seq := self._retry(parked, draft)) is not None:
+                return seq
+            if parked.has_no_room:
+                break  # whatever room there is, is for this one
+        gate = self._gate()
+        while (seq := self._held_back.first()) is not None and (gate is None or seq.number < gate):
+            self._held_back.remove(seq)
+            self._order.add(seq)
+        while draft.looks and (seq := self._order.first()) is not None:
+            draft.looks -= 1
+            self._order.remove(seq)
+            if self._can_start(seq, gate):
+                return seq
+        in_line = [parked for parked in self._parked.values() if parked.has_no_room] if draft.tries else []
+        for parked in sorted(in_line, key=_arrival):
+            if not draft.tries or (gate is not None and parked.head.number > gate):
+                break
+            if (seq := self._retry(parked, draft)) is not None:
+                return seq
+        self._room_may_have_come = False
+        return None
+
+    def _can_start(self, seq: Sequence, gate: int | None) -> bool:
+        """Whether `seq`, just taken from the order, has its adapter; if not, it has found its place."""
+        ref = seq.request.adapter
+        if ref is None:
+            seq.root = root_hash(scope=seq.request.cache_scope, base_digest=self._base_digest, adapter_digest="")
+            return True
+        if gate is not None and seq.number > gate:
+            self._held_back.add(seq)
+            return False
+        parked = self._parked.get(_key(ref))
+        if parked is not None:
+            if parked.head_is_in_order and parked.head is seq:
+                parked.head_is_in_order = False
+                return self._ask(parked)
+            parked.seqs[seq] = None
+            return False
+        answer = self._acquire(seq, ref)
+        if isinstance(answer, Hold):
+            self._parked[_key(ref)] = _Parked(ref, answer, {seq: None})
+        return isinstance(answer, Lease)
+
+    def _retry(self, parked: _Parked, draft: _Draft) -> Sequence | None:
+        """Ask again for an adapter that had no room; the head of those that wait for it, if it has it now."""
+        seq = parked.head
+        self._call_back(parked)
+        has_it = self._ask(parked)
+        if parked.has_no_room:
+            draft.tries = max(0, draft.tries - 1)
+        return seq if has_it else None
+
+    def _ask(self, parked: _Parked) -> bool:
+        """Whether the head has its adapter now; if so, or if the adapter cannot be had at all, nobody needs to wait."""
+        parked.has_changed = False
+        answer = self._acquire(parked.head, parked.ref)
+        if isinstance(answer, Hold):
+            parked.hold = answer
+            return False
+        del parked.seqs[parked.head]
+        self._unpark(parked)
+        return isinstance(answer, Lease)
+
+    def _acquire(self, seq: Sequence, ref: AdapterRef) -> Lease | Hold | None:
+        """Ask for the adapter of `seq`, which is in no queue; `None`: it cannot be had, and that was the end of `seq`."""
+        try:
+            answer = self._adapters.acquire(ref)
+        except AdapterError as error:
+            self._fail(seq, str(error), "adapter")
+            return None
+        if isinstance(answer, Lease):
+            seq.hold(answer)
+            seq.root = root_hash(
+                scope=seq.request.cache_scope, base_digest=self._base_digest, adapter_digest=answer.digest
+            )
+            self._pass_over(seq.number)
+        return answer
+
+    def _pass_over(self, number: int) -> None:
+        """Arrival `number` starts on its adapter: those that came before it and wait for room are passed over."""
+        for key, parked in self._parked.items():
+            if parked.has_no_room and parked.head.number < number:
+                parked.head.passed_over += 1
+                if parked.head.passed_over >= MAX_PASSED_OVER:
+                    self._overdue[key] = parked
+
+    def _gate(self) -> int | None:
+        """Nobody that came after this arrival and needs an adapter is to start."""
+        return min((parked.head.number for parked in self._overdue.values() if parked.has_no_room), default=None)
+
+    def _stir(self, parked: _Parked) -> None:
+        """The adapter may be there now: let the head ask for it."""
+        parked.has_changed = True
+        if parked.head.passed_over >= MAX_PASSED_OVER:
+            self._overdue[_key(parked.ref)] = parked
+        elif not parked.head_is_in_order:
+            parked.head_is_in_order = True
+            self._order.add(parked.head)
+
+    def _call_back(self, parked: _Parked) -> None:
+        """The head is not in the order any more, or held back on its way."""
+        if parked.head_is_in_order:
+            parked.head_is_in_order = False
+            (self._held_back if parked.head in self._held_back else self._order).remove(parked.head)
+
+    def _unpark(self, parked: _Parked) -> None:
+        """Those that waited for this adapter are in line again."""
+        del self._parked[_key(parked.ref)]
+        self._overdue.pop(_key(parked.ref), None)
+        for seq in parked.seqs:
+            self._order.add(seq)
+        parked.seqs = {}
+
+    # The end
+
+    def _take_out(self, seq: Sequence) -> None:
+        """Remove a sequence from the queue or set that it is in."""
+        ref = seq.request.adapter
+        parked = None if ref is None else self._parked.get(_key(ref))
+        if seq in self._running:
+            del self._running[seq]
+        elif seq in self._entering:
+            self._entering.remove(seq)
+        elif parked is not None and seq in parked.seqs:
+            was_head = parked.head is seq
+            if was_head:
+                self._call_back(parked)
+                self._overdue.pop(_key(parked.ref), None)
+            del parked.seqs[seq]
+            if not parked.seqs:
+                self._unpark(parked)
+            elif was_head:
+                self._stir(parked)  # the head that is gone may have been about to ask
+        elif seq in self._held_back:
+            self._held_back.remove(seq)
+        else:
+            self._order.remove(seq)
+
+    def _drop(self, seq: Sequence) -> None:
+        """Free all that a sequence holds, which is in no queue any more."""
+        del self._by_id[seq.request.request_id]
+        self._pool.give(seq.pages)
+        seq.pages = []
+        if seq.lease is not None:
+            self._adapters.release(seq.lease)
+            seq.lease = None
+            self._room_may_have_come = True
+        if seq.request.adapter is not None:
+            self._adapters.leave(seq.request.adapter)
+
+    def _fail(self, seq: Sequence, error: str, kind: ErrorKind) -> None:
+        """End a sequence that is in no queue; the next `commit` says so."""
+        self._ended.append(self._event(seq, ChunkResult(error=error), "error", kind))
+        self._drop(seq)
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         params = seq.request.params
@@ -197,14 +557,20 @@ class Scheduler:
         return "length" if seq.num_generated >= seq.max_tokens else None
 
     def _finish(self, seq: Sequence, result: ChunkResult, reason: FinishReason | None) -> TokenEvent:
-        """The event of a sequence's step; with a reason, the sequence is over and its pages are free."""
+        """The event of a sequence's step; with a reason, the sequence is over and what it held is free."""
+        event = self._event(seq, result, reason)
+        if reason is not None:
+            self._take_out(seq)
+            self._drop(seq)
+        return event
+
+    def _event(
+        self, seq: Sequence, result: ChunkResult, reason: FinishReason | None, error_kind: ErrorKind = "engine"
+    ) -> TokenEvent:
         first = seq.num_generated == (result.token_id is not None)
         timing = None
-        if first:
-            assert seq.scheduled_at is not None
+        if first and seq.scheduled_at is not None:
             timing = Timing(arrival=seq.request.arrival, scheduled=seq.scheduled_at, first_token=time.monotonic())
-        if reason is not None:
-            self.abort(seq.request.request_id)
         by_stop_token = reason == "stop" and result.token_id in seq.request.params.stop_token_ids
         return TokenEvent(
             request_id=seq.request.request_id,
@@ -214,5 +580,15 @@ class Scheduler:
             finish_reason=reason,
             stop_reason=result.token_id if by_stop_token else None,
             error=result.error,
+            error_kind=None if result.error is None else error_kind,
             timing=timing,
+            num_cached_tokens=seq.num_cached_tokens if first else None,
         )
+
+
+def _key(ref: AdapterRef) -> AdapterKey:
+    return ref.name, ref.version
+
+
+def _arrival(parked: _Parked) -> int:
+    return parked.head.number

@@ -103,6 +103,8 @@ class Seam:
             k_pages,
             v_pages,
             self.batch.pages_BN,
+            self.batch.short_T,
+            self.batch.positions_T,
             self.batch.num_queries,
             self.batch.context_len,
             scale=scale,

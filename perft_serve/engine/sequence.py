@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from perft_serve.adapters.status import Lease
 from perft_serve.engine.events import EngineRequest, TokenLogprobs
 
 
@@ -14,26 +15,37 @@ class Sequence:
     Args:
         request: what was asked for.
         seed: of its sampling.
-        adapter_slot: the adapter's slot in the arena, -1 for the base.
-        width: the most adapter experts that one of its tokens takes.
         max_tokens: the most tokens to generate, settled.
 
     Attributes:
+        number: counts arrivals.
         token_ids: the prompt, then what was generated.
         num_computed: tokens whose keys and values are in the KV cache.
         pages: the KV pages held, in order.
+        lease: its hold on its adapter, from the moment it is chosen to start until it is over.
+        adapter_slot: the adapter's slot in the arena; -1 for the base, and before there is a lease.
+        width: the most adapter experts that one of its tokens takes.
+        root: where the hashes of its pages start; `page_hashes` are those of its first pages, as far as they were needed.
+        num_cached_tokens: tokens of the prompt that were in the prefix cache when it started.
+        passed_over: how many later arrivals have started while it waited for room in the arena.
     """
 
     request: EngineRequest
     seed: int
-    adapter_slot: int
-    width: int
     max_tokens: int
+    number: int = 0
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     scheduled_at: float | None = None
+    lease: Lease | None = None
+    adapter_slot: int = -1
+    width: int = 0
+    root: bytes = b""
+    page_hashes: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    passed_over: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -61,6 +73,10 @@ class Sequence:
         if self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt:
             return None
         return self.request.params.prompt_logprobs
+
+    def hold(self, lease: Lease) -> None:
+        """It has its adapter, until it is over."""
+        self.lease, self.adapter_slot, self.width = lease, lease.slot, lease.width
 
     def restart(self) -> None:
         """Forget what is in the KV cache: the pages are somebody else's now, and the tokens are computed again."""

@@ -39,10 +39,7 @@ def test_prompts_that_cannot_be_served(engine: Engine, prompt: list[Any], settin
     assert not engine.has_work()
 
 
-def test_unknown_adapter_and_taken_id(engine: Engine) -> None:
-    with pytest.raises(RequestError, match="no adapter 'nobody'") as caught:
-        engine.submit(request("x", [1], "nobody"))
-    assert caught.value.param == "model"
+def test_a_request_id_that_is_taken(engine: Engine) -> None:
     engine.submit(request("x", [1]))
     with pytest.raises(RequestError, match="in use"):
         engine.submit(request("x", [1]))
@@ -78,6 +75,18 @@ def test_bad_sampling_parameters(settings: Any, message: str) -> None:
         SamplingParams(**settings)
 
 
+def test_requests_that_the_pages_can_never_hold(mixtral: Served) -> None:
+    """Refused at once and with the numbers, not when they would run out of pages."""
+    page_bytes = 2 * 2 * 2 * 8 * 4 * 16  # layers, keys and values, kv heads, head width, page size, float32
+    engine = mixtral.engine(kv_memory=4 * page_bytes)
+    assert (engine.limits.max_model_len, engine.limits.num_pages) == (64, 4)
+    with pytest.raises(RequestError, match=r"65 tokens, but the context is 64 .* \(all 4 pages of the KV cache\)"):
+        engine.submit(request("x", [1] * 65))
+    with pytest.raises(RequestError, match=r"has room for 4 .* \(all 4 pages of the KV cache\)"):
+        engine.submit(request("x", [1] * 60, max_tokens=5))
+    assert len(run(engine, [request("x", [1] * 60, max_tokens=None)])["x"].token_ids) == 4
+
+
 def test_ends(engine: Engine) -> None:
     """At the limit, at a stop token, and with the prompt scored only."""
     free = run(engine, [request("x", [9, 8, 7], max_tokens=6)])["x"]
@@ -107,9 +116,8 @@ def test_eos_and_ignore_eos(mixtral: Served) -> None:
     ("settings", "error", "message"),
     [
         ({"model": "/nowhere"}, BaseModelError, "cannot load the base model '/nowhere'"),
-        ({"adapters": {"a": "/nowhere"}}, AdapterError, "adapter 'a': no adapter at '/nowhere'"),
+        ({"adapters": {"a": "/nowhere"}}, AdapterError, r"adapter 'a' \(from '/nowhere'\): its folder does not exist"),
         ({"adapters": {"": "/nowhere"}}, AdapterError, "cannot be an adapter's name"),
-        ({"adapter_dir": "/nowhere"}, AdapterError, "no folder of adapters"),
         ({"kv_memory": 10}, BaseModelError, "does not hold one page"),
         ({"adapter_memory": 10}, AdapterError, "does not hold one row"),
         ({"max_model_len": 100_000}, ValueError, "more than the model's context of 256"),
@@ -117,6 +125,8 @@ def test_eos_and_ignore_eos(mixtral: Served) -> None:
         ({"max_num_batched_tokens": 8}, ValueError, "must be at least max_num_seqs"),
         ({"device": "cuda:99"}, ValueError, "finds [0-9]+ CUDA devices"),
         ({"device": "abacus"}, ValueError, "use auto, cpu, cuda"),
+        ({"prefix_caching": True}, ValueError, "must be 'on' or 'off', got True"),
+        ({"host_adapter_memory": -1}, ValueError, "host_adapter_memory must be at least 0"),
     ],
 )
 def test_bad_settings(mixtral: Served, settings: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -1,48 +1,14 @@
-"""The scheduler and the pages by themselves: no torch, no model, milliseconds."""
+"""The scheduler by itself, on the base alone: no torch, no model, milliseconds."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from planning import EOS, RoundRobin, World
 
-from perft_serve.engine.events import EngineRequest, TokenEvent
-from perft_serve.engine.pages import PagePool
-from perft_serve.engine.params import SamplingParams
-from perft_serve.engine.scheduler import ChunkResult, Plan, Scheduler
-from perft_serve.engine.sequence import Sequence
-
-EOS = 99
-
-
-class World:
-    """A scheduler on which each step computes the token `position` for whoever gets one."""
-
-    def __init__(self, *, num_pages: int = 100, page_size: int = 4, max_num_seqs: int = 8, budget: int = 16) -> None:
-        self.pool = PagePool(num_pages, page_size)
-        self.scheduler = Scheduler(
-            self.pool, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, eos_token_ids=frozenset({EOS})
-        )
-
-    def add(self, name: str, prompt: int, max_tokens: int = 4, **params: Any) -> Sequence:
-        request = EngineRequest(
-            request_id=name,
-            prompt_ids=tuple(range(prompt)),
-            params=SamplingParams(max_tokens=max_tokens, temperature=0, **params),
-        )
-        seq = Sequence(request=request, seed=0, adapter_slot=-1, width=0, max_tokens=max_tokens)
-        self.scheduler.add(seq)
-        return seq
-
-    def step(self) -> tuple[Plan, list[TokenEvent]]:
-        plan = self.scheduler.schedule()
-        results = [ChunkResult(token_id=len(c.seq.token_ids) if c.samples else None) for c in plan.chunks]
-        return plan, self.scheduler.commit(plan, results)
-
-    def shape(self) -> dict[str, int]:
-        """Tokens of each request in the next step, which is then taken."""
-        plan, _ = self.step()
-        return {chunk.seq.request.request_id: chunk.num_tokens for chunk in plan.chunks}
+from perft_serve.engine.policy import WaitingOrder
+from perft_serve.engine.scheduler import ChunkResult
 
 
 def test_long_prompts_come_in_chunks_and_do_not_hold_up_decoding() -> None:
@@ -144,12 +110,45 @@ def test_an_error_ends_one_request_only() -> None:
     assert world.shape() == {"b": 1}
 
 
-def test_pages() -> None:
-    pool = PagePool(3, 4)
-    assert [pool.pages_for(n) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
-    taken = pool.take(2)
-    assert taken is not None
-    assert 0 not in taken
-    assert (pool.take(2), pool.num_free) == (None, 1)
-    pool.give(taken)
-    assert (pool.num_free, pool.usage) == (3, 0)
+def test_a_step_that_was_not_carried_out_has_not_happened() -> None:
+    """Its sequences start again, in their order, and nobody finds a page that was to be filled."""
+    world = World(prefix_caching=True)
+    world.add("a", 6)
+    world.step()
+    world.add("b", 9)
+    world.add("twin", 9)
+    plan = world.scheduler.schedule()
+    assert [chunk.seq.request.request_id for chunk in plan.chunks] == ["a", "b", "twin"]
+    assert plan.chunks[2].start == 8
+    world.scheduler.roll_back(plan)
+    assert (world.scheduler.num_running, world.pool.usage) == (0, 0)
+    assert world.shape() == {"a": 3, "b": 5, "twin": 1}, "what the first step has computed is still there"
+    world.finish()
+    world.assert_empty()
+
+
+def test_ids_and_aborts() -> None:
+    world = World()
+    world.add("a", 3)
+    assert "a" in world.scheduler
+    assert world.scheduler.abort("a")
+    assert not world.scheduler.abort("a")
+    world.add("b", 3)
+    world.add("c", 3)
+    assert world.scheduler.abort_all() == ["b", "c"]
+    world.assert_empty()
+
+
+def test_another_order_between_tenants_can_be_plugged_in() -> None:
+    """A tenant with one request does not wait behind another's many."""
+    orders: list[WaitingOrder | None] = [None, RoundRobin()]
+    finished = []
+    for order in orders:
+        world = World(max_num_seqs=2, order=order)
+        for i in range(6):
+            world.add(f"greedy{i}", 5, tenant="greedy")
+        world.add("modest", 5, tenant="modest")
+        finished.append(list(world.finish()))
+        world.assert_empty()
+    assert finished[0][-1] == "modest"
+    assert finished[1][1] == "modest"

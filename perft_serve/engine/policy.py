@@ -1,0 +1,87 @@
+"""Who goes first: the scheduling policy. Plain Python; the scheduler does the bookkeeping and asks here.
+
+First come, first served, within a budget of tokens a step. Decoding requests go first, one token each; what is left of the
+budget goes to prefill, in chunks if need be. When pages run out, the youngest running request gives its own back. Among the
+waiting, those whose adapters are resident go first, but nobody is passed over more than `MAX_PASSED_OVER` times.
+
+A `WaitingOrder` is where a fair order between tenants goes: it is told who waits (`EngineRequest.tenant` says whose it is),
+is asked who is next, and learns how many tokens each step computes for whom.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection
+from typing import Protocol
+
+from perft_serve.engine.sequence import Sequence
+
+# How many later arrivals may start before a request that waits for room in the arena. Each time the bound is reached, the
+# requests running on adapters are left to finish until there is room, and the batch runs half empty meanwhile: that must be
+# rare beside the requests served. At the same time it is what a rare adapter waits at the most: a batch or two of requests.
+MAX_PASSED_OVER = 64
+
+
+class WaitingOrder(Protocol):
+    """The requests that could start at once if there were pages, in the order in which they shall."""
+
+    def add(self, seq: Sequence) -> None:
+        """`seq` waits."""
+
+    def remove(self, seq: Sequence) -> None:
+        """`seq`, which waits, does so no longer: it starts, or has to wait for its adapter, or is gone."""
+
+    def first(self) -> Sequence | None:
+        """Who is next, without removing it; `None`: nobody waits."""
+
+    def charge(self, seq: Sequence, num_tokens: int) -> None:
+        """The present step computes `num_tokens` tokens of `seq`."""
+
+
+class FirstComeFirstServed:
+    """The order of arrival."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, Sequence] = {}
+        self._numbers: list[int] = []  # a heap, in which those that are gone stay until they come to its top
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq.number in self._waiting
+
+    def add(self, seq: Sequence) -> None:
+        """`seq` waits."""
+        self._waiting[seq.number] = seq
+        heapq.heappush(self._numbers, seq.number)
+
+    def remove(self, seq: Sequence) -> None:
+        """`seq` waits no longer."""
+        del self._waiting[seq.number]
+
+    def first(self) -> Sequence | None:
+        """Who came first."""
+        while self._numbers and self._numbers[0] not in self._waiting:
+            heapq.heappop(self._numbers)
+        return self._waiting[self._numbers[0]] if self._numbers else None
+
+    def charge(self, seq: Sequence, num_tokens: int) -> None:
+        """Counts for nothing here."""
+
+
+def decoding(running: Collection[Sequence]) -> list[Sequence]:
+    """Those that go first: one token each, and no more."""
+    return [seq for seq in running if seq.num_to_compute == 1]
+
+
+def prefilling(running: Collection[Sequence]) -> list[Sequence]:
+    """Those that share what is left of the budget, the one that started first first."""
+    return [seq for seq in running if seq.num_to_compute > 1]
+
+
+def chunk_size(seq: Sequence, budget: int) -> int:
+    """How many tokens of `seq` are computed now, of a budget of at least one."""
+    return min(seq.num_to_compute, budget)
+
+
+def victim(running: dict[Sequence, None]) -> Sequence:
+    """Who gives its pages back when they run out: the one that started last."""
+    return next(reversed(running))

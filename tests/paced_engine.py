@@ -1,0 +1,48 @@
+"""The engine's process with the real engine, whose steps can be made slow, or fail."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from knobs import Knobs
+
+from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.engine import Engine
+from perft_serve.engine.events import EngineRequest, TokenEvent
+from perft_serve.engine.loop import run_process
+
+
+class PacedEngine(Engine):
+    """An engine with knobs."""
+
+    def __init__(self, config: EngineConfig, wake: Callable[[], None], knobs: Knobs) -> None:
+        self._knobs = knobs
+        knobs.fail_start()
+        super().__init__(config, wake)
+
+    def submit(self, request: EngineRequest) -> None:
+        refuse = self._knobs.read().refuse
+        if refuse and request.prompt_ids == refuse:
+            raise KeyError("a bug")
+        super().submit(request)
+
+    def step(self) -> list[TokenEvent]:
+        settings = self._knobs.read()
+        time.sleep(settings.pace)
+        if settings.failure is not None:
+            raise RuntimeError(settings.failure)
+        events = super().step()
+        if settings.spoil is None:
+            return events
+        for event in events:
+            self.abort(event.request_id)
+        return [replace(event, token_id=None, finish_reason="error", error=settings.spoil) for event in events]
+
+
+def main() -> int:
+    knobs = Knobs(Path(sys.argv[1]))
+    return run_process(sys.argv[2:], lambda config, wake: PacedEngine(config, wake, knobs))
