@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import shlex
@@ -26,9 +25,10 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from perft.demo_base import build_demo_base
-from perft_serve.adapters.store import find_adapters
+from perft_serve.adapters.catalog import AdapterCatalog
+from perft_serve.adapters.sources import SourcePolicy
 from perft_serve.engine.config import EngineConfig
-from perft_serve.engine.engine import Engine
+from perft_serve.engine.logs import log_to_stderr
 from perft_serve.server.app import build_app
 from perft_serve.server.client import EngineClient
 from perft_serve.server.config import ServerConfig
@@ -43,7 +43,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's) and returns the exit status."""
     args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(name)s: %(message)s", stream=sys.stderr)
+    log_to_stderr()
     try:
         args.run(args)
     except (ValueError, OSError) as error:
@@ -93,15 +93,15 @@ def parse_size(text: str) -> int:
 
 
 def parse_adapter(text: str) -> tuple[str, str]:
-    """Name and folder of "name=folder".
+    """Name and source of "name=source".
 
     Raises:
         argparse.ArgumentTypeError: it is not of that form.
     """
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=FOLDER")
-    return name, path
+    name, equals, source = text.partition("=")
+    if not (name and equals and source):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=SOURCE")
+    return name, source
 
 
 def _add_options(
@@ -125,8 +125,18 @@ def _add_options(
                 type=parse_adapter,
                 action="append",
                 default=[],
-                metavar="NAME=FOLDER",
-                help="An adapter to load at the start; may be given several times.",
+                metavar="NAME=SOURCE",
+                help="An adapter to load at the start, from a folder, a Hub id or a URL; may be given several times.",
+            )
+            continue
+        if hints[each.name] == tuple[str, ...]:
+            group.add_argument(
+                f"--{each.metadata['option']}",
+                dest=each.name,
+                action="append",
+                default=[],
+                metavar=each.metadata["metavar"],
+                help=help_text,
             )
             continue
         default = (defaults or {}).get(each.name, each.default)
@@ -155,15 +165,16 @@ def _option_type(each: Field[Any], hint: Any) -> Any:
 def _config_of(config: type[Any], args: argparse.Namespace, **given: Any) -> Any:
     """The config dataclass that the options describe."""
     values = {each.name: getattr(args, each.name) for each in fields(config) if hasattr(args, each.name)}
-    return config(**{**values, **given})
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return config(**{**values, **lists, **given})
 
 
 def _serve(args: argparse.Namespace) -> None:
     adapters: dict[str, str] = {}
-    for name, path in args.adapters:
+    for name, source in args.adapters:
         if name in adapters:
             raise ValueError(f"--adapter names {name!r} twice")
-        adapters[name] = path
+        adapters[name] = source
     serve(_config_of(EngineConfig, args, adapters=adapters), _config_of(ServerConfig, args))
 
 
@@ -195,16 +206,21 @@ def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[
     with listener:
         tokenizer = load_tokenizer(engine_config.model)
         metrics = Metrics(CollectorRegistry(), max_adapter_labels=config.max_adapter_labels)
-        client = EngineClient(
-            lambda: Engine(engine_config), metrics=metrics, max_open_requests=config.max_open_requests
-        )
-        client.start()
-        metrics.watch_engine(client.stats)
+        client = EngineClient(engine_config, config, metrics)
+        base_name = config.served_model_name or _base_name(engine_config.model)
         try:
-            base_name = config.served_model_name or _base_name(engine_config.model)
-            app = build_app(client, tokenizer, metrics, config, base_name=base_name, version=version("perft-serve"))
+            client.start()
+            app = build_app(
+                client,
+                tokenizer,
+                metrics,
+                config,
+                base_name=base_name,
+                sources=SourcePolicy(allowed=config.allow_adapter_sources, adapter_dir=engine_config.adapter_dir),
+                version=version("perft-serve"),
+            )
             port = listener.getsockname()[1]
-            names = [info.name for info in client.adapters]
+            names = [ref.name for ref in client.catalog.page()]
             server = _Server(
                 uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=config.shutdown_timeout),
                 announcement=_announcement(config.host, port, base_name, names, examples),
@@ -276,7 +292,8 @@ class Example:
 def _demo_examples(adapter_dir: Path) -> list[Example]:
     """One request for each demo adapter that has held-out data beside it (`demo/data`): a question it has never seen."""
     examples = []
-    for name in find_adapters(adapter_dir):
+    for ref in AdapterCatalog(adapter_dir=str(adapter_dir)).page():
+        name = ref.name
         file = adapter_dir.parent / "data" / f"{name}.heldout.jsonl"
         if file.is_file():
             record = json.loads(file.read_text(encoding="utf-8").splitlines()[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.engine.events import EngineRequest
 from perft_serve.engine.limits import Limits
 from perft_serve.engine.params import RequestError, SamplingParams
@@ -62,10 +63,14 @@ class InputProcessor:
         prompt_ids: tuple[int, ...],
         params: SamplingParams,
         *,
-        adapter: str | None,
+        adapter: AdapterRef | None,
         arrival: float,
+        cache_scope: str = "",
+        tenant: str = "",
     ) -> list[EngineRequest]:
         """One engine request for each of the `params.n` completions, named `request_id-0`, `request_id-1`, ...
+
+        The rest of the arguments is what `EngineRequest` says.
 
         Raises:
             RequestError: the prompt does not fit the context, or the parameters ask for what cannot be had.
@@ -81,6 +86,8 @@ class InputProcessor:
                 adapter=adapter,
                 choice=choice,
                 arrival=arrival,
+                cache_scope=cache_scope,
+                tenant=tenant,
             )
             for choice in range(params.n)
         ]

@@ -14,6 +14,9 @@ from typing import Any, TypeAlias, cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from perft.errors import AdapterError
+from perft_serve.adapters.catalog import AdapterCatalog, AdapterRef, UnknownAdapterError
+from perft_serve.adapters.status import AdapterStatus
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.engine import Engine
 from perft_serve.engine.events import EngineRequest
@@ -24,6 +27,9 @@ from perft_serve.text import load_tokenizer
 
 Prompt: TypeAlias = "str | Sequence[int]"
 Message: TypeAlias = "Mapping[str, str]"
+
+# Nothing is lost by it, but a signal is noticed: how long to wait for an adapter without looking up.
+_WAIT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +47,11 @@ class LLM:
 
     Args:
         model: folder or Hub id of the base.
-        adapters: name to folder.
-        settings: fields of `EngineConfig` (`dtype`, `max_num_seqs`, `kv_memory`, ...).
+        adapters: name to source (a folder, a Hub id or a URL), loaded at once.
+        settings: fields of `EngineConfig` (`dtype`, `max_num_seqs`, `kv_memory`, `adapter_dir`, ...).
+
+    Attributes:
+        catalog: the adapters' names; one that is registered there is loaded when it is first used.
 
     Raises:
         BaseModelError: the base cannot be used.
@@ -52,6 +61,7 @@ class LLM:
 
     def __init__(self, model: str, adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
         self.config = EngineConfig(model=model, adapters=dict(adapters or {}), **settings)
+        self.catalog = AdapterCatalog(self.config.adapters, self.config.adapter_dir)
         self.tokenizer = load_tokenizer(model)
         self.engine = Engine(self.config)
         self._inputs = InputProcessor(self.tokenizer, self.engine.limits)
@@ -114,6 +124,47 @@ class LLM:
             encoded.append((self.tokenizer.decode(ids) if self.tokenizer else None, ids))
         return self._run(encoded, params, adapter, progress)
 
+    def load_adapter(self, name: str, source: str, *, pin: bool = False) -> AdapterStatus:
+        """Reads an adapter and lets `name` stand for it; what the name stood for before is dropped.
+
+        Args:
+            source: a folder, a Hub id (`org/name[@revision]`) or a URL.
+            pin: keep it in the arena, used or not.
+
+        Raises:
+            AdapterError: it cannot be loaded, or not be pinned; the name stands for what it did.
+        """
+        ref = self.catalog.prepare(name, source)
+        self.engine.warm(ref, pin)
+        status = self._wait_for(ref)
+        if status.state == "failed" or (pin and not status.pinned):
+            raise AdapterError(f"adapter {name!r} could not be loaded: {status.error}")
+        self.catalog.commit(ref)
+        self.engine.retire(name, ref.version - 1)
+        return status
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter.
+
+        Raises:
+            AdapterError: there is none of that name.
+        """
+        ref = self.catalog.remove(name)
+        self.engine.retire(name, ref.version)
+
+    def close(self) -> None:
+        """Ends what runs beside the caller's thread; nothing can be generated any more."""
+        self.engine.close()
+
+    def _wait_for(self, ref: AdapterRef) -> AdapterStatus:
+        """The status of an adapter that is being loaded, once it is, or has failed."""
+        while True:
+            for status in self.engine.adapter_updates():
+                ours = (status.name, status.version) == (ref.name, ref.version)
+                if ours and status.state in ("host", "resident", "failed"):
+                    return status
+            self._step({})
+
     def _run(
         self,
         prompts: Sequence[tuple[str | None, tuple[int, ...]]],
@@ -126,28 +177,31 @@ class LLM:
             "params", SamplingParams() if params is None else params, num_prompts, SamplingParams
         )
         adapter_list = _one_per_prompt("adapter", adapter, num_prompts, str)
-        known = {info.name for info in self.engine.list_adapters()}
-        for name in adapter_list:
-            if name is not None and name not in known:
-                raise RequestError(f"no adapter is named {name!r}; there are: {sorted(known)}", param="adapter")
+        refs = [None if name is None else self._resolve(name) for name in adapter_list]
         arrival = time.monotonic()
         jobs = [
-            self._job(text, ids, one_params, name, arrival)
-            for (text, ids), one_params, name in zip(prompts, params_list, adapter_list, strict=True)
+            self._job(text, ids, one_params, ref, arrival)
+            for (text, ids), one_params, ref in zip(prompts, params_list, refs, strict=True)
         ]
         self._complete(jobs, progress)
         return [_result(job) for job in jobs]
 
+    def _resolve(self, name: str) -> AdapterRef:
+        try:
+            return self.catalog.resolve(name)
+        except UnknownAdapterError as error:
+            raise RequestError(str(error), param="adapter") from error
+
     def _job(
-        self, text: str | None, ids: tuple[int, ...], params: SamplingParams, adapter: str | None, arrival: float
+        self, text: str | None, ids: tuple[int, ...], params: SamplingParams, ref: AdapterRef | None, arrival: float
     ) -> _Job:
         request_id = str(next(self._request_numbers))
-        requests = self._inputs.engine_requests(request_id, ids, params, adapter=adapter, arrival=arrival)
+        requests = self._inputs.engine_requests(request_id, ids, params, adapter=ref, arrival=arrival)
         if params.max_tokens != 0:  # the prompt's log-probabilities are the same for every completion of it
             others = replace(params, prompt_logprobs=None)
             requests[1:] = [replace(request, params=others) for request in requests[1:]]
         completions = [CompletionCollector(index, self.tokenizer, ids, params) for index in range(params.n)]
-        return _Job(prompt=text, adapter=adapter, requests=requests, completions=completions)
+        return _Job(prompt=text, adapter=None if ref is None else ref.name, requests=requests, completions=completions)
 
     def _complete(self, jobs: Sequence[_Job], progress: bool) -> None:
         pending: dict[str, CompletionCollector] = {}
@@ -170,7 +224,9 @@ class LLM:
                 self.engine.abort(request_id)
 
     def _step(self, pending: dict[str, CompletionCollector]) -> None:
-        assert self.engine.has_work(), f"the engine has lost {len(pending)} requests"
+        """One step of the engine, or a wait for the adapters that all requests wait for."""
+        if not self.engine.has_work():
+            self.engine.wait(_WAIT_SECONDS)
         for event in self.engine.step():
             completion = pending.get(event.request_id)
             if completion is None:
@@ -196,6 +252,7 @@ def _result(job: _Job) -> RequestOutput:
         ),
         outputs=[completion.output() for completion in job.completions],
         adapter=job.adapter,
+        num_cached_tokens=min(completion.num_cached_tokens for completion in job.completions),
     )
 
 

@@ -47,6 +47,8 @@ class RequestOutput:
         prompt_logprobs: if asked for, one entry per prompt token: the first `None`, then
             `{token_id: log-probability}` of the token and of the likeliest ones.
         adapter: the adapter that answered; `None` for the base.
+        num_cached_tokens: how many of the prompt's tokens were found in the prefix cache, by the completion that found
+            the fewest.
     """
 
     request_id: str
@@ -55,6 +57,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, float] | None] | None
     outputs: list[CompletionOutput]
     adapter: str | None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +71,7 @@ class Delta:
         logprobs: of the new token, if asked for.
         prompt_logprobs: on the first delta, if asked for.
         finish_reason: set on the last delta.
+        num_cached_tokens: how many of the prompt's tokens were found in the prefix cache; on the first delta.
     """
 
     text: str
@@ -78,6 +82,7 @@ class Delta:
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     error: str | None
+    num_cached_tokens: int | None = None
 
 
 class CompletionStream:
@@ -128,6 +133,7 @@ class CompletionStream:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             error=event.error,
+            num_cached_tokens=event.num_cached_tokens,
         )
 
     def _decode(self, event: TokenEvent) -> str:
@@ -157,6 +163,7 @@ class CompletionCollector:
         self._logprobs: list[TokenLogprobs] = []
         self._last: Delta | None = None
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+        self.num_cached_tokens = 0
 
     @property
     def stopped(self) -> bool:
@@ -178,6 +185,8 @@ class CompletionCollector:
             self._logprobs.append(delta.logprobs)
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
+        if delta.num_cached_tokens is not None:
+            self.num_cached_tokens = delta.num_cached_tokens
         self._last = delta
 
     def output(self) -> CompletionOutput:

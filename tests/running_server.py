@@ -1,21 +1,24 @@
-"""A real server in this process: uvicorn on a free port, in a thread, with a real engine on the tiny base."""
+"""A real server in this process: uvicorn on a free port, in a thread, and a real engine on the tiny base in a process."""
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
+from knobs import Knobs, engine_command
 from prometheus_client import CollectorRegistry
 
+from perft_serve.adapters.sources import SourcePolicy
 from perft_serve.engine.config import EngineConfig
-from perft_serve.engine.engine import Engine
-from perft_serve.engine.events import EngineStats, TokenEvent
+from perft_serve.engine.events import EngineStats
 from perft_serve.server.app import build_app
 from perft_serve.server.client import EngineClient
 from perft_serve.server.config import ServerConfig
@@ -25,26 +28,13 @@ from perft_serve.text import load_tokenizer
 BASE = "tiny-mixtral"
 
 
-class PacedEngine(Engine):
-    """The engine, whose steps can be made slow, or fail."""
-
-    pace = 0.0
-    failure: Exception | None = None
-
-    def step(self) -> list[TokenEvent]:
-        time.sleep(self.pace)
-        if self.failure is not None:
-            raise self.failure
-        return super().step()
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunningServer:
-    """A server that answers."""
+    """A server that answers; `knobs` change how its engine behaves."""
 
     url: str
     client: EngineClient
-    engine: PacedEngine
+    knobs: Knobs
     http: httpx.Client
 
     @property
@@ -73,25 +63,38 @@ class RunningServer:
         return stats
 
     def wait_until_idle(self) -> None:
-        """Waits until nothing runs and no page is in use."""
+        """Waits until nothing runs and no page is held."""
         self.wait_until(lambda stats: (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0.0))
+
+    def wait_until_ready(self) -> None:
+        """Waits until the engine is up (again); building one takes some seconds."""
+        end = time.monotonic() + 120
+        while (reply := self.http.get("/ready")).status_code != 200:
+            assert time.monotonic() < end, reply.text
+            time.sleep(0.05)
 
 
 @contextmanager
 def running_server(engine_config: EngineConfig, config: ServerConfig) -> Iterator[RunningServer]:
     """Runs a server as long as the block."""
-    engines: list[PacedEngine] = []
+    with tempfile.TemporaryDirectory() as folder:
+        knobs = Knobs(Path(folder) / "knobs.json")
+        metrics = Metrics(CollectorRegistry(), max_adapter_labels=config.max_adapter_labels)
+        client = EngineClient(engine_config, config, metrics, command=engine_command("paced_engine", knobs))
+        try:
+            client.start()
+            tokenizer = load_tokenizer(engine_config.model)
+            sources = SourcePolicy(allowed=config.allow_adapter_sources, adapter_dir=engine_config.adapter_dir)
+            app = build_app(client, tokenizer, metrics, config, base_name=BASE, sources=sources, version="0.0.0")
+            with _serving(app) as url, httpx.Client(base_url=url, timeout=30) as http:
+                yield RunningServer(url=url, client=client, knobs=knobs, http=http)
+        finally:
+            client.close()
 
-    def build() -> Engine:
-        engines.append(PacedEngine(engine_config))
-        return engines[0]
 
-    metrics = Metrics(CollectorRegistry(), max_adapter_labels=config.max_adapter_labels)
-    client = EngineClient(build, metrics=metrics, max_open_requests=config.max_open_requests)
-    client.start()
-    metrics.watch_engine(client.stats)
-    tokenizer = load_tokenizer(engine_config.model)
-    app = build_app(client, tokenizer, metrics, config, base_name=BASE, version="0.0.0")
+@contextmanager
+def _serving(app: Any) -> Iterator[str]:
+    """Runs uvicorn as long as the block; gives the URL."""
     server = uvicorn.Server(
         uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2, lifespan="off")
     )
@@ -102,10 +105,7 @@ def running_server(engine_config: EngineConfig, config: ServerConfig) -> Iterato
             assert thread.is_alive(), "the server has not started"
             time.sleep(0.01)
         host, port = server.servers[0].sockets[0].getsockname()[:2]
-        url = f"http://{host}:{port}"
-        with httpx.Client(base_url=url, timeout=30) as http:
-            yield RunningServer(url=url, client=client, engine=engines[0], http=http)
+        yield f"http://{host}:{port}"
     finally:
         server.should_exit = True
         thread.join()
-        client.close()

@@ -175,6 +175,16 @@ def test_planning_is_plain_python(module: str) -> None:
     assert third_party <= set(sys.stdlib_module_names)
 
 
+def test_the_front_computes_nothing() -> None:
+    """The server's process has no tensors, through whatever it imports; Transformers brings it the tokenizer, nothing else."""
+    imports = all_imports()
+    for module in modules():
+        if stands_under(module, "perft_serve.server"):
+            allowed = set() if module.endswith((".client", ".supervisor", ".metrics")) else {"transformers"}
+            known = {name.split(".")[0] for name in reached(module, imports)}
+            assert known & TENSORS <= allowed, module
+
+
 def test_nothing_is_unpickled() -> None:
     """An adapter is a file from a stranger: safetensors only."""
     for name, file in modules().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from perft.errors import AdapterError
 from perft_serve import LLM, RequestError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -157,7 +159,7 @@ def test_bad_parameters_are_refused_before_anything_runs(llm: LLM) -> None:
     steps = llm.engine.stats().num_steps
     with pytest.raises(RequestError, match=r"max_tokens is 1000, .*256 tokens has room for 255"):
         llm.generate("hello", SamplingParams(max_tokens=1000))
-    with pytest.raises(RequestError, match="no adapter is named 'nobody'"):
+    with pytest.raises(RequestError, match="there is no adapter 'nobody'"):
         llm.generate(["hello", "hello"], GREEDY, adapter=["routed", "nobody"])
     with pytest.raises(RequestError, match="adapter has 1 entries for 2 prompts"):
         llm.generate(["hello", "hello"], GREEDY, adapter=["routed"])
@@ -179,6 +181,69 @@ def test_an_interrupted_batch_leaves_nothing(llm: LLM, monkeypatch: pytest.Monke
     monkeypatch.setattr(llm.engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["hello", "world"], GREEDY)
+
+
+def test_adapters_are_loaded_replaced_and_forgotten(tiny_base: Path, tiny_adapters: Mapping[str, str]) -> None:
+    llm = LLM(str(tiny_base), dtype="float32", device="cpu", kv_memory=1 << 22)
+    expected = {}
+    for name, source in tiny_adapters.items():
+        status = llm.load_adapter(name, source)
+        assert (status.name, status.version, status.error) == (name, 1, None)
+        (result,) = llm.generate("hello world", GREEDY, adapter=name)
+        expected[name] = result.outputs[0].token_ids
+    assert llm.load_adapter("routed", tiny_adapters["single"]).version == 2
+    (replaced,) = llm.generate("hello world", GREEDY, adapter="routed")
+    assert replaced.outputs[0].token_ids == expected["single"]
+    with pytest.raises(AdapterError, match="does not exist"):
+        llm.load_adapter("routed", "/nowhere")
+    (kept,) = llm.generate("hello world", GREEDY, adapter="routed")
+    assert kept.outputs == replaced.outputs
+    for name in tiny_adapters:
+        llm.unload_adapter(name)
+        with pytest.raises(RequestError, match=f"there is no adapter '{name}'"):
+            llm.generate("hello world", GREEDY, adapter=name)
+    with pytest.raises(AdapterError, match="there is no adapter 'routed'"):
+        llm.unload_adapter("routed")
+    llm.engine.step()
+    assert llm.engine.stats().adapters.host_used_bytes == 0
+    llm.close()
+
+
+def test_a_folder_of_adapters_is_loaded_from_when_asked(
+    tiny_base: Path, tiny_adapters: Mapping[str, str], llm: LLM, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    other = LLM(str(tiny_base), adapter_dir=str(folder), dtype="float32", device="cpu", kv_memory=1 << 22)
+    with pytest.raises(RequestError, match="there is no adapter 'dense'"):
+        other.generate("hello world", GREEDY, adapter="dense")
+    for name, source in tiny_adapters.items():
+        shutil.copytree(source, folder / name)
+    names = [*tiny_adapters]
+    got = other.generate(["hello world"] * len(names), GREEDY, adapter=names)
+    want = llm.generate(["hello world"] * len(names), GREEDY, adapter=names)
+    assert [result.outputs for result in got] == [result.outputs for result in want]
+    other.close()
+
+
+def test_an_adapter_that_cannot_be_loaded_fails_its_own_prompts(llm: LLM) -> None:
+    llm.catalog.register("gone", "/nowhere")
+    good, bad = llm.generate(["hello world"] * 2, GREEDY, adapter=[None, "gone"])
+    assert good.outputs[0].finish_reason == "length"
+    assert bad.outputs[0].finish_reason == "error"
+    assert bad.outputs[0].error == "adapter 'gone' could not be loaded: its folder does not exist"
+    llm.catalog.remove("gone")
+
+
+def test_the_beginning_that_prompts_share_is_computed_once(llm: LLM) -> None:
+    prompt = list(range(5, 55))
+    (first,) = llm.generate(prompt, GREEDY, adapter="dense")
+    (again,) = llm.generate(prompt, GREEDY, adapter="dense")
+    (other,) = llm.generate(prompt, GREEDY, adapter="single")
+    assert [result.num_cached_tokens for result in (first, again, other)] == [0, 48, 0]
+    assert first.outputs == again.outputs
+    (several,) = llm.generate(prompt, replace(GREEDY, n=3), adapter="dense")
+    assert several.num_cached_tokens == 48
 
 
 def test_an_unknown_setting_is_refused(tiny_base: Path) -> None:

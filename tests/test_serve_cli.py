@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +22,8 @@ import pytest
 from perft_serve import cli
 from perft_serve.engine.config import EngineConfig
 from perft_serve.server.config import ServerConfig
+
+HAS_PROC = Path("/proc/self/task").exists()
 
 
 @pytest.fixture
@@ -44,12 +48,19 @@ def test_options_reach_the_settings(served: list[tuple[EngineConfig, ServerConfi
     arguments += (
         " --kv-memory 1.5G --adapter-memory 512MiB --max-model-len 99 --host 0.0.0.0 --port 1 --max-body-size 10"
     )
+    arguments += (
+        " --allow-adapter-source s3://a/ --allow-adapter-source org/ --engine-restarts 0 --engine-step-timeout 7"
+    )
+    arguments += " --host-adapter-memory 1M --prefix-caching off"
     assert cli.main(arguments.split()) == 0
     ((engine, server),) = served
     assert engine.adapters == {"a": "/x", "b": "y=z"}
     assert (engine.adapter_dir, engine.dtype, engine.max_num_seqs, engine.max_model_len) == ("d", "float32", 3, 99)
     assert (engine.kv_memory, engine.adapter_memory) == (3 << 29, 512 << 20)
+    assert (engine.host_adapter_memory, engine.prefix_caching) == (1 << 20, "off")
     assert (server.host, server.port, server.max_body_size) == ("0.0.0.0", 1, 10)
+    assert server.allow_adapter_sources == ("s3://a/", "org/")
+    assert (server.engine_restarts, server.engine_step_timeout) == (0, 7)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +80,7 @@ def test_sizes(text: str, size: int) -> None:
         "serve --model m --dtype float64",
         "serve --model m --adapter /x",
         "serve --model m --port http",
+        "serve --model m --prefix-caching maybe",
         "serve --model m --frobnicate",
         "nonsense",
         "",
@@ -153,7 +165,7 @@ def test_the_demo_without_its_adapters_says_so(capsys: pytest.CaptureFixture[str
 def test_the_lines_to_try_are_curl_commands(tmp_path: Path) -> None:
     """Each demo adapter is asked something from the data that was held out, by the route that fits it."""
     records: dict[str, dict[str, Any]] = {
-        "chat's": {"messages": [{"role": "user", "content": "it's?"}, {"role": "assistant", "content": "yes"}]},
+        "chats": {"messages": [{"role": "user", "content": "it's?"}, {"role": "assistant", "content": "yes"}]},
         "plain": {"prompt": "one, two,", "completion": " three"},
     }
     (tmp_path / "data").mkdir()
@@ -169,22 +181,36 @@ def test_the_lines_to_try_are_curl_commands(tmp_path: Path) -> None:
         "http://127.0.0.1:8000/v1/completions",
     ]
     chat, plain = (json.loads(command[-1]) for command in commands)
-    assert (chat["model"], chat["messages"]) == ("chat's", records["chat's"]["messages"][:1])
+    assert (chat["model"], chat["messages"]) == ("chats", records["chats"]["messages"][:1])
     assert (plain["model"], plain["prompt"]) == ("plain", "one, two,")
 
 
 class Process:
-    """`perft-serve serve` on the tiny base, in a process of its own."""
+    """`perft-serve serve` on the tiny base, in a process of its own, which leads a group as it would in a terminal."""
 
     def __init__(self, base: Path) -> None:
         command = [sys.executable, "-m", "perft_serve.cli", "serve", "--model", str(base), "--port", "0"]
         command += ["--kv-memory", "4M", "--dtype", "float32", "--device", "cpu"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    def wait_for_url(self) -> str:
+        """Where it answers."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         match = re.search(r"http://\S+", line)
         assert match, f"{line!r} {self.process.communicate()}"
-        self.url = match[0]
+        return match[0]
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends it to the group, as Ctrl-C does."""
+        os.killpg(self.process.pid, number)
+
+    def engines(self) -> list[int]:
+        """The engine's process, once there is one."""
+        files = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for file in files for pid in file.read_text().split()]
 
 
 @pytest.fixture
@@ -199,12 +225,28 @@ def process(tiny_base: Path) -> Iterator[Process]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_requests_finish_and_ends_with_status_0(process: Process, number: signal.Signals) -> None:
     body = {"model": "tiny-mixtral", "prompt": "hello", "max_tokens": 250, "stream": True, "ignore_eos": True}
-    with httpx.stream("POST", f"{process.url}/v1/completions", json=body, timeout=30) as reply:
+    url = process.wait_for_url()
+    (engine,) = process.engines() if HAS_PROC else [None]
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as reply:
         lines = reply.iter_lines()
         next(lines)
-        process.process.send_signal(number)
+        process.signal(number)
         *_, done = [line for line in lines if line]
     assert done == "data: [DONE]"
     _, errors = process.process.communicate(timeout=30)
     assert process.process.returncode == 0
     assert "Traceback" not in errors
+    assert engine is None or not Path(f"/proc/{engine}").exists()
+
+
+@pytest.mark.skipif(not HAS_PROC, reason="which children a process has, only Linux says in /proc")
+def test_giving_up_while_it_starts(process: Process) -> None:
+    while not process.engines():
+        assert process.process.poll() is None
+        time.sleep(0.05)
+    (engine,) = process.engines()
+    process.signal(signal.SIGINT)
+    _, errors = process.process.communicate(timeout=30)
+    assert process.process.returncode == 130
+    assert "Traceback" not in errors
+    assert not Path(f"/proc/{engine}").exists()

@@ -5,9 +5,11 @@ In: a running engine client. Out: `build_app(...)`, an ASGI application as a val
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+import msgspec
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import MutableHeaders
@@ -15,27 +17,43 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from perft.errors import AdapterError
+from perft_serve.adapters.sources import SourcePolicy
 from perft_serve.engine.params import RequestError
+from perft_serve.server.adapters import AdapterEndpoints
 from perft_serve.server.chat import ChatEndpoint
 from perft_serve.server.client import EngineBusyError, EngineClient, EngineDeadError
 from perft_serve.server.completions import CompletionEndpoint
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.errors import ApiError, to_api_error
 from perft_serve.server.metrics import CONTENT_TYPE, Metrics
+from perft_serve.server.models import ModelNames
 from perft_serve.server.protocol import (
+    AdapterCard,
+    AdapterList,
+    AdapterRequest,
     ChatCompletion,
     ChatRequest,
     Completion,
     CompletionRequest,
+    DeletedAdapter,
     ErrorReply,
+    LoadLoraRequest,
     ModelCard,
     ModelList,
+    UnloadLoraRequest,
+    refusal,
 )
-from perft_serve.server.service import ModelNames, Service, new_request_id
+from perft_serve.server.service import Service, new_request_id
 from perft_serve.text import TextTokenizer
 
 # What is answered with an envelope where it was raised; anything else is caught by `Surroundings`.
-_EXPECTED_ERRORS = (ApiError, RequestError, HTTPException, EngineBusyError, EngineDeadError)
+_EXPECTED_ERRORS = (ApiError, AdapterError, RequestError, HTTPException, EngineBusyError, EngineDeadError)
+
+_BODIES = (CompletionRequest, ChatRequest, AdapterRequest, LoadLoraRequest, UnloadLoraRequest)
+_REPLIES = (Completion, ChatCompletion, ErrorReply)
+_STRUCT_REPLIES = (ModelCard, ModelList, AdapterCard, AdapterList, DeletedAdapter)
+_SCHEMA = "#/components/schemas/{name}"
 
 
 def build_app(
@@ -45,6 +63,7 @@ def build_app(
     config: ServerConfig,
     *,
     base_name: str,
+    sources: SourcePolicy,
     version: str,
 ) -> FastAPI:
     """The application.
@@ -53,6 +72,7 @@ def build_app(
         client: started already; the caller closes it.
         tokenizer: the base's, if it has one.
         base_name: the base's name in requests.
+        sources: where clients may have adapters loaded from.
         version: of this project.
 
     Raises:
@@ -67,12 +87,20 @@ def build_app(
         version=version,
         redirect_slashes=False,
     )
+    adapters = AdapterEndpoints(service, sources)
     for path, endpoint, method, request, reply in (
         ("/v1/completions", CompletionEndpoint(service).create, "POST", CompletionRequest, Completion),
         ("/v1/chat/completions", ChatEndpoint(service).create, "POST", ChatRequest, ChatCompletion),
         ("/v1/models", status.list_models, "GET", None, ModelList),
         ("/v1/models/{model:path}", status.get_model, "GET", None, ModelCard),
+        ("/v1/adapters", adapters.create, "POST", AdapterRequest, AdapterCard),
+        ("/v1/adapters", adapters.list, "GET", None, AdapterList),
+        ("/v1/adapters/{name:path}", adapters.get, "GET", None, AdapterCard),
+        ("/v1/adapters/{name:path}", adapters.delete, "DELETE", None, DeletedAdapter),
+        ("/v1/load_lora_adapter", adapters.load_lora, "POST", LoadLoraRequest, None),
+        ("/v1/unload_lora_adapter", adapters.unload_lora, "POST", UnloadLoraRequest, None),
         ("/health", status.health, "GET", None, None),
+        ("/ready", status.ready, "GET", None, None),
         ("/metrics", status.metrics, "GET", None, None),
         ("/version", status.version, "GET", None, None),
     ):
@@ -81,11 +109,12 @@ def build_app(
             endpoint,
             methods=[method],
             response_model=None,
-            responses={200: {"model": reply} if reply else {}, "default": {"model": ErrorReply}},
-            openapi_extra=None if request is None else _body_of(request.__name__),
+            responses={200: _content(reply), "default": _content(ErrorReply)},
+            openapi_extra=None if request is None else {"requestBody": {"required": True, **_content(request)}},
         )
     for error in _EXPECTED_ERRORS:
         app.add_exception_handler(error, _reply_to)
+    app.add_exception_handler(RequestValidationError, _reply_to_bad_query)
     app.add_middleware(Surroundings, metrics=metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
@@ -100,19 +129,32 @@ class _Status:
         self._metrics = metrics
         self._version = version
 
-    async def list_models(self) -> Response:
-        """The base and the adapters."""
-        return Response(self._models.list().to_json(), media_type="application/json")
+    async def list_models(
+        self, limit: Annotated[int | None, Query(ge=1)] = None, after: Annotated[str | None, Query()] = None
+    ) -> Response:
+        """The base and the adapters: all, or at most `limit` of those that follow `after`."""
+        return Response(msgspec.json.encode(self._models.page(after, limit)), media_type="application/json")
 
     async def get_model(self, model: str) -> Response:
         """The base or an adapter."""
-        return Response(self._models.card(model).to_json(), media_type="application/json")
+        return Response(msgspec.json.encode(self._models.card(model)), media_type="application/json")
 
     async def health(self) -> Response:
-        """200 while the engine works, 503 once it has failed."""
-        if self._client.error is not None:
-            raise EngineDeadError(f"the engine has stopped: {self._client.error}")
-        return JSONResponse({})
+        """200 while the server can answer or will be able to again, 503 once its engine is given up: restart the server."""
+        return self._engine(503 if self._client.engine_state == "dead" else 200)
+
+    async def ready(self) -> Response:
+        """200 while requests are answered, 503 while the engine is down: send them elsewhere."""
+        return self._engine(200 if self._client.engine_state == "ready" else 503)
+
+    def _engine(self, status: int) -> Response:
+        client = self._client
+        again = client.retry_after if status == 503 else None
+        return JSONResponse(
+            {"engine": client.engine_state, "restarts": client.num_restarts, "error": client.error},
+            status_code=status,
+            headers=None if again is None else {"retry-after": str(again)},
+        )
 
     async def metrics(self) -> Response:
         """Metrics for Prometheus."""
@@ -164,20 +206,30 @@ async def _reply_to(request: Request, error: Exception) -> Response:
     return to_api_error(error).response()
 
 
-def _body_of(schema: str) -> dict[str, Any]:
-    """The OpenAPI entry for a body that the endpoint parses itself."""
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    return {"requestBody": {"required": True, "content": content}}
+async def _reply_to_bad_query(request: Request, error: Exception) -> Response:
+    """The reply to a query that FastAPI has parsed and refused; bodies are parsed by the endpoints."""
+    assert isinstance(error, RequestValidationError)
+    errors: list[Any] = [{**each, "loc": each["loc"][1:]} for each in error.errors()]  # without "query"
+    return refusal(errors).response()
+
+
+def _content(kind: type | None) -> dict[str, Any]:
+    """The OpenAPI entry for a body that the endpoint parses itself, or a reply that it writes itself."""
+    if kind is None:
+        return {"description": "OK"}
+    reference = {"$ref": _SCHEMA.format(name=kind.__name__)}
+    return {"description": kind.__name__, "content": {"application/json": {"schema": reference}}}
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI description, with the bodies that FastAPI does not parse."""
+    """The OpenAPI description, with the bodies and replies that FastAPI neither parses nor writes."""
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, summary=app.summary, version=app.version, routes=app.routes)
-        _, bodies = models_json_schema(
-            [(CompletionRequest, "validation"), (ChatRequest, "validation")],
-            ref_template="#/components/schemas/{model}",
-        )
-        schema["components"]["schemas"].update(bodies["$defs"])
+        components = schema.setdefault("components", {}).setdefault("schemas", {})
+        template = _SCHEMA.format(name="{model}")
+        _, bodies = models_json_schema([(kind, "validation") for kind in _BODIES], ref_template=template)
+        _, replies = models_json_schema([(kind, "serialization") for kind in _REPLIES], ref_template=template)
+        _, structs = msgspec.json.schema_components(_STRUCT_REPLIES, ref_template=_SCHEMA)
+        components.update({**bodies["$defs"], **replies["$defs"], **structs})
         app.openapi_schema = schema
     return app.openapi_schema

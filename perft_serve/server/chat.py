@@ -38,12 +38,14 @@ class ChatEndpoint:
         service = self._service
         arrival = time.monotonic()
         body = parse_request(ChatRequest, await service.read_json(request))
-        adapter = service.models.adapter(body.model)
+        adapter = service.models.resolve(body.model)
         messages = [message.as_dict() for message in body.messages]
         num_characters = sum(len(message["content"]) for message in messages)
         ids = await service.encode(num_characters, lambda: service.inputs.chat_ids(messages))
         request_id: str = request.state.request_id
-        requests = service.inputs.engine_requests(request_id, ids, body.params(), adapter=adapter, arrival=arrival)
+        requests = service.inputs.engine_requests(
+            request_id, ids, body.params(), adapter=adapter, arrival=arrival, cache_scope=body.cache_scope
+        )
         options = body.stream_options
         mode = StreamMode(
             stream=bool(body.stream),
@@ -52,7 +54,9 @@ class ChatEndpoint:
         )
         prompt = Prompt(ids=ids, text=None)
         reply = ChatFormat(service, body, request_id, prompt)
-        return await service.respond(request, Generation(service.tokenizer, [(prompt, requests)], reply, mode))
+        return await service.respond(
+            request, Generation(service.tokenizer, [(prompt, requests)], reply, mode), body.model
+        )
 
 
 class ChatFormat(ReplyFormat):

@@ -1,39 +1,51 @@
-"""The engine in a thread of its own, and the asyncio side that talks to it.
+"""The asyncio side of the engine: requests in, their events as streams; adapters warmed and retired.
 
-In: `EngineRequest`s, from the event loop. Out: their `TokenEvent`s, as an `EventStream`. The engine is built, stepped and
-left in its thread; commands reach it through an inbox, and one callback per step brings its events back to the loop.
-Knows no HTTP, no text.
+In: `EngineRequest`s and `AdapterRef`s, from the event loop. Out: `TokenEvent`s as an `EventStream`, and what the engine says of
+its adapters. It keeps the catalogue of adapters, which outlives engines, and a mirror of what the present engine has of them.
+Knows no HTTP, no text; what becomes of the engine's process is the supervisor's business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Self
 
-from perft_serve.adapters.store import AdapterInfo
-from perft_serve.engine.engine import Engine
+from perft.errors import AdapterError
+from perft_serve.adapters.catalog import AdapterCatalog, AdapterRef
+from perft_serve.adapters.status import AdapterStatus
+from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.events import EngineRequest, EngineStats, FinishReason, TokenEvent
 from perft_serve.engine.limits import Limits
+from perft_serve.engine.messages import Abort, Delivered, Refusal, Retire, Started, StepOutput, Submit, Warm
 from perft_serve.engine.params import RequestError
-from perft_serve.server.metrics import Metrics, RequestRecorder
-
-logger = logging.getLogger(__name__)
+from perft_serve.server.config import ServerConfig
+from perft_serve.server.metrics import EngineReading, Metrics, RequestRecorder
+from perft_serve.server.supervisor import ENGINE_COMMAND, EngineLink, EngineState, Supervisor
 
 # Events a reader may be behind, per request: far beyond what sockets buffer, so only a reader that has stopped gets there.
 MAX_PENDING_EVENTS = 4096
-# Steps the event loop may be behind before the engine waits for it.
-MAX_UNDELIVERED_STEPS = 64
+# The engine learns after so many steps that they have been delivered; well below its window.
+_STEPS_PER_DELIVERED = 16
+
+# What of the statistics only ever grows, and goes on over restarts.
+_COUNTERS = ("num_preemptions", "num_steps", "prefix_queries", "prefix_hits")
+_MEMORY_COUNTERS = ("num_loads", "num_load_failures", "num_evictions", "load_seconds")
 
 
 class EngineDeadError(RuntimeError):
-    """The engine has failed and takes no more requests."""
+    """There is no engine that takes requests now; it may be back after `retry_after` seconds, or (`None`) never."""
+
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EngineBusyError(RuntimeError):
@@ -115,80 +127,119 @@ class EventStream:
 
 
 class EngineClient:
-    """Runs an engine in a thread; everything but `start`, `close` and `stats` belongs to one event loop.
+    """An engine in a process of its own, as the event loop sees it.
+
+    Everything but `start`, `close` and the properties belongs to one event loop.
 
     Args:
-        build: makes the engine; called in the engine's thread.
-        metrics: where requests are recorded.
-        max_open_requests: the most requests running or waiting at a time.
+        engine_config: of the engine.
+        config: how many requests may be open, and how the engine's process is watched.
+        metrics: where requests are recorded, and the engine's state is read.
+        command: the command line of the engine's process.
+
+    Attributes:
+        catalog: the adapters that requests can name.
+        limits: the engine's, once it has started.
+
+    Raises:
+        AdapterError: an adapter has no proper name, or the folder of adapters is not there.
     """
 
-    def __init__(self, build: Callable[[], Engine], *, metrics: Metrics, max_open_requests: int = 1024) -> None:
-        self._build = build
-        self._metrics = metrics
-        self._max_open_requests = max_open_requests
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._built: Future[None] = Future()
-        self._stats = EngineStats(num_running=0, num_waiting=0, kv_usage=0.0, num_preemptions=0, num_steps=0)
-        self._error: Exception | None = None
-        # Of the event loop
-        self._streams: dict[str, EventStream] = {}
-        self._loop: asyncio.AbstractEventLoop | None = None
-        # Of both threads, under the lock of `_changed`: an abort is a request's id
-        self._changed = threading.Condition()
-        self._inbox: list[EngineRequest | str] = []
-        self._undelivered = 0
-        self._closing = False
-        # Set once the engine is built
+    def __init__(
+        self,
+        engine_config: EngineConfig,
+        config: ServerConfig,
+        metrics: Metrics,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
+        self.catalog = AdapterCatalog(engine_config.adapters, engine_config.adapter_dir)
         self.limits = Limits(max_model_len=0, vocab_size=0)
-        self.adapters: tuple[AdapterInfo, ...] = ()
+        self._metrics = metrics
+        self._max_open_requests = config.max_open_requests
+        self._supervisor = Supervisor(engine_config, config, self, command=command)
+        # Where the supervisor's reports go; before there is a loop, nobody else is there and its own thread takes them
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_lock = threading.Lock()
+        # The present engine
+        self._link: EngineLink | None = None
+        self._why_down = "the engine has not started"
+        self._retry_after: int | None = None
+        self._lost: list[AdapterStatus] = []  # what the present engine was to have of what the last one had
+        self._num_outputs = 0
+        self._streams: dict[str, EventStream] = {}
+        self._statuses: dict[tuple[str, int], AdapterStatus] = {}
+        self._stats = EngineStats()
+        # What engines that are gone have counted
+        self._before = EngineStats()
+        # Those who wait for a command to be taken up, by its number; and for news of an adapter, by its name
+        self._numbers = itertools.count()
+        self._replies: dict[int, asyncio.Future[str | None]] = {}
+        self._watchers: dict[str, set[asyncio.Future[None]]] = {}
+        metrics.watch_engine(self._read)
 
     def start(self) -> None:
-        """Starts the thread and waits until the engine is built.
+        """Starts the engine, and waits until it takes requests.
 
         Raises:
-            Exception: whatever building it has raised.
+            EngineStartError: it cannot be started.
+            OSError: its process cannot.
         """
-        self._thread.start()
-        self._built.result()
+        self._supervisor.start()
 
     def close(self) -> None:
         """Stops the engine after its present step, and waits for that; open requests get no more events."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._supervisor.close()
 
     @property
-    def error(self) -> Exception | None:
-        """Why the engine has stopped working, if it has."""
-        return self._error
+    def engine_state(self) -> EngineState:
+        """Whether the engine takes requests, and if not, whether it will."""
+        return self._supervisor.state
+
+    @property
+    def error(self) -> str | None:
+        """Why the engine is not ready, if it was once."""
+        return self._supervisor.error
+
+    @property
+    def num_restarts(self) -> int:
+        """How many times the engine's process has been started again."""
+        return self._supervisor.num_restarts
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The present process."""
+        return self._supervisor.pid
+
+    @property
+    def retry_after(self) -> int | None:
+        """While the engine is down: seconds until it may be back, or `None` if it will not be."""
+        return self._retry_after
 
     def stats(self) -> EngineStats:
-        """The engine's state after its last step."""
-        return self._stats
+        """The engine's state after its last step; what it counts goes on over restarts."""
+        return _added(self._stats, self._before)
 
     def submit(self, requests: Sequence[EngineRequest]) -> EventStream:
         """Hands requests to the engine; their events come through one stream.
 
+        While the engine is down they are refused rather than kept: nobody can say how long it will take, and another server may
+        answer at once.
+
         Raises:
-            EngineDeadError: the engine has failed.
+            EngineDeadError: the engine is down.
             EngineBusyError: too many requests are open.
             RequestError: these are more than may ever be open at a time.
         """
-        # First the loop, then the error: a failing engine sets the error first, then looks for the loop.
-        self._loop = asyncio.get_running_loop()
-        if self._error is not None:
-            raise EngineDeadError(f"the engine has stopped: {self._error}")
+        link = self._present_link()
         self.check_number(len(requests))
         if len(self._streams) + len(requests) > self._max_open_requests:
             raise EngineBusyError(f"{len(self._streams)} completions are running or waiting: try again later")
+        assert not any(request.request_id in self._streams for request in requests), "a request's id is in use"
+        link.send(Submit(requests=list(requests)))
         stream = EventStream(self, {request.request_id: self._metrics.track(request) for request in requests})
         for request in requests:
-            assert request.request_id not in self._streams, f"request {request.request_id} is open already"
             self._streams[request.request_id] = stream
-        self._post(requests)
         return stream
 
     def check_number(self, num_requests: int) -> None:
@@ -202,98 +253,228 @@ class EngineClient:
                 f"{num_requests} completions asked for at once, but this server runs at most {self._max_open_requests}"
             )
 
-    def _abort(self, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            del self._streams[request_id]
-        if request_ids:
-            self._post(request_ids)
+    def status(self, name: str) -> AdapterStatus:
+        """What the engine has said last of the name's present version.
 
-    def _post(self, commands: Sequence[EngineRequest | str]) -> None:
-        with self._changed:
-            self._inbox.extend(commands)
-            self._changed.notify()
+        Raises:
+            UnknownAdapterError: there is no adapter of that name.
+        """
+        ref = self.catalog.resolve(name)
+        status = self._statuses.get((ref.name, ref.version))
+        return status or AdapterStatus(name=ref.name, version=ref.version)
 
-    def _deliver(self, events: Sequence[TokenEvent], refused: dict[str, Exception], now: float) -> None:
-        """In the event loop: hands a step's events to their streams."""
-        with self._changed:
-            self._undelivered -= 1
-            self._changed.notify()
-        for event in events:
+    async def warm_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterStatus:
+        """Brings an adapter into the engine's memory; it need not be in the catalogue. If the caller is cancelled, it goes on.
+
+        Args:
+            pin: never evict it.
+
+        Returns:
+            Its status: in host memory or in the arena; in the arena, if it is pinned.
+
+        Raises:
+            AdapterError: it cannot be loaded, or not be pinned.
+            EngineDeadError: the engine is down, or went down meanwhile.
+        """
+        error = await self._manage(Warm(number=next(self._numbers), ref=ref, pin=pin))
+        while error is None:
+            status = self._statuses.get((ref.name, ref.version))
+            if status is None:
+                error = f"adapter {ref.name!r} was deleted while it was loaded"
+            elif status.state == "failed" or (pin and not status.pinned and status.error is not None):
+                error = status.error or f"adapter {ref.name!r} could not be loaded"
+            elif status.state == "resident" or (status.state == "host" and not pin):
+                return status
+            else:
+                await self._news_of(ref.name)
+        if not self._is_current(ref.name, ref.version):  # nobody will ask for its status again
+            self._statuses.pop((ref.name, ref.version), None)
+        raise AdapterError(error)
+
+    async def retire_adapter(self, name: str, up_to_version: int, force: bool = False) -> None:
+        """Waits until the engine has let go of these versions of an adapter. If the caller is cancelled, it goes on.
+
+        Args:
+            force: end the requests that run on them; otherwise they are waited for.
+
+        Raises:
+            EngineDeadError: the engine is down, or went down meanwhile, and with it all that it had.
+        """
+        error = await self._manage(
+            Retire(number=next(self._numbers), name=name, up_to_version=up_to_version, force=force)
+        )
+        if error is not None:
+            raise AdapterError(error)
+        keys = [(name, version) for version in range(1, up_to_version + 1)]
+        while any(self._has(key) for key in keys):
+            await self._news_of(name)
+        for key in keys:
+            self._statuses.pop(key, None)
+
+    def _has(self, key: tuple[str, int]) -> bool:
+        """Whether the engine holds something of an adapter. Of one that failed it keeps nothing, and says so once."""
+        status = self._statuses.get(key)
+        return status is not None and (status.state != "failed" or status.num_in_flight > 0)
+
+    def engine_started(self, link: EngineLink, started: Started) -> None:
+        """The supervisor's word."""
+        self._in_loop(self._take_engine, link, started)
+
+    def engine_said(self, link: EngineLink, output: StepOutput) -> None:
+        """The supervisor's word."""
+        self._in_loop(self._deliver, link, output, time.monotonic())
+
+    def engine_gone(self, reason: str, retry_after: int | None) -> None:
+        """The supervisor's word."""
+        what = "has stopped" if retry_after is None else "is being restarted, try again"
+        self._in_loop(self._lose_engine, f"the engine {what}: {reason}", retry_after)
+
+    def _in_loop(self, function: Callable[..., None], *args: object) -> None:
+        """In the supervisor's thread: has something done in the event loop."""
+        with self._loop_lock:
+            if self._loop is not None:
+                try:
+                    self._loop.call_soon_threadsafe(function, *args)
+                    return
+                except RuntimeError:  # it is closed: nobody waits for anything any more
+                    self._loop = None
+            function(*args)
+
+    def _take_engine(self, link: EngineLink, started: Started) -> None:
+        self.limits = started.limits
+        self._stats = started.stats
+        self._statuses = {_key(status): status for status in started.adapters}
+        self._num_outputs = 0
+        self._link = link
+        for lost in self._lost:
+            if self._is_current(lost.name, lost.version):
+                ref = self.catalog.resolve(lost.name)
+                link.send(Warm(number=next(self._numbers), ref=ref, pin=lost.pinned))
+
+    def _deliver(self, link: EngineLink, output: StepOutput, now: float) -> None:
+        """Hands what a step has brought to those who wait for it."""
+        if link is not self._link:
+            return
+        self._num_outputs += 1
+        if self._num_outputs % _STEPS_PER_DELIVERED == 0:
+            link.send(Delivered(num_outputs=self._num_outputs))
+        self._stats = output.stats
+        for event in output.events:
             stream = self._streams.get(event.request_id)
             if stream is None:  # aborted meanwhile
                 continue
             if event.finish_reason is not None:
                 del self._streams[event.request_id]
             stream._push(event, now)
-        for request_id, error in refused.items():
-            stream = self._streams.get(request_id)
+        for refusal in output.refused:
+            stream = self._streams.get(refusal.request_id)
             if stream is not None:
-                stream._fail(error)
+                stream._fail(_refused(refusal))
+        for status in output.adapters:
+            if status.state == "removed":
+                self._statuses.pop(_key(status), None)
+            else:
+                self._statuses[_key(status)] = status
+            for watcher in self._watchers.pop(status.name, ()):
+                if not watcher.done():
+                    watcher.set_result(None)
+        for reply in output.replies:
+            future = self._replies.pop(reply.number, None)
+            if future is not None and not future.done():
+                future.set_result(reply.error)
 
-    def _fail_all(self, failure: Exception) -> None:
-        """In the event loop: ends all open requests."""
+    def _lose_engine(self, why: str, retry_after: int | None) -> None:
+        """Ends all that waits for an engine that is gone."""
+        self._lost = _worth_reloading(self._statuses, self._lost)
+        self._link = None
+        self._why_down, self._retry_after = why, retry_after
+        self._before, self._stats = self.stats(), EngineStats()
+        self._statuses = {}
         for stream in set(self._streams.values()):
-            stream._fail(failure)
+            stream._fail(self._dead())
+        waiting: list[asyncio.Future[Any]] = [*self._replies.values(), *itertools.chain(*self._watchers.values())]
+        self._replies, self._watchers = {}, {}
+        for future in waiting:
+            if not future.done():
+                future.set_exception(self._dead())
 
-    def _run(self) -> None:
-        """The engine's thread."""
-        try:
-            engine = self._build()
-            self.limits = engine.limits
-            self.adapters = tuple(engine.list_adapters())
-            self._stats = engine.stats()
-        except BaseException as error:  # it is raised again in `start`
-            self._built.set_exception(error)
-            return
-        self._built.set_result(None)
-        try:
-            self._serve(engine)
-            self._error = EngineDeadError("it was told to")
-        except Exception as error:  # it becomes the reply to every open request
-            logger.exception("the engine has failed")
-            self._error = error
-        self._call_in_loop(self._fail_all, EngineDeadError(f"the engine has stopped: {self._error}"))
+    def _is_current(self, name: str, version: int) -> bool:
+        return name in self.catalog and self.catalog.resolve(name).version == version
 
-    def _serve(self, engine: Engine) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: (
-                        self._closing
-                        or bool(self._inbox)
-                        or (engine.has_work() and self._undelivered < MAX_UNDELIVERED_STEPS)
-                    )
-                )
-                if self._closing:
-                    return
-                commands, self._inbox = self._inbox, []
-                may_step = self._undelivered < MAX_UNDELIVERED_STEPS
-            refused = _obey(engine, commands)
-            events = engine.step() if may_step and engine.has_work() else []
-            self._stats = engine.stats()
-            if events or refused:
-                with self._changed:
-                    self._undelivered += 1
-                self._call_in_loop(self._deliver, events, refused, time.monotonic())
+    def _present_link(self) -> EngineLink:
+        """From now on, the running loop is where things are reported.
 
-    def _call_in_loop(self, function: Callable[..., None], *args: object) -> None:
-        if self._loop is None:  # nobody has asked for anything yet
-            return
-        try:
-            self._loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # the loop is closed: the server has ended, and nobody waits for events
-            logger.debug("the engine's last words are dropped: the event loop is closed")
+        Raises:
+            EngineDeadError: the engine is down.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            with self._loop_lock:
+                self._loop = loop
+        if self._link is None:
+            raise self._dead()
+        return self._link
+
+    def _dead(self) -> EngineDeadError:
+        return EngineDeadError(self._why_down, retry_after=self._retry_after)
+
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            del self._streams[request_id]
+        if request_ids and self._link is not None:
+            self._link.send(Abort(request_ids=list(request_ids)))
+
+    async def _manage(self, command: Warm | Retire) -> str | None:
+        """Gives a command for adapters; returns once it is taken up: why the engine refuses it, if it does."""
+        link = self._present_link()
+        link.send(command)
+        reply: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._replies[command.number] = reply
+        return await reply
+
+    async def _news_of(self, name: str) -> None:
+        """Waits until the engine says something of an adapter."""
+        news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watchers.setdefault(name, set()).add(news)
+        await news
+
+    def _read(self) -> EngineReading:
+        return EngineReading(
+            stats=self.stats(),
+            is_up=self.engine_state == "ready",
+            num_restarts=self.num_restarts,
+            num_adapters=len(self.catalog),
+        )
 
 
-def _obey(engine: Engine, commands: Sequence[EngineRequest | str]) -> dict[str, Exception]:
-    """Carries out submissions and aborts; gives the requests that the engine refuses, with the reason."""
-    refused: dict[str, Exception] = {}
-    for command in commands:
-        if isinstance(command, str):
-            engine.abort(command)
-            continue
-        try:
-            engine.submit(command)
-        except Exception as error:  # it becomes the reply to this one request
-            refused[command.request_id] = error
-    return refused
+def _key(status: AdapterStatus) -> tuple[str, int]:
+    return status.name, status.version
+
+
+def _worth_reloading(
+    statuses: Mapping[tuple[str, int], AdapterStatus], lost: Iterable[AdapterStatus]
+) -> list[AdapterStatus]:
+    """What a new engine should have of what the last one had: the pinned adapters first, then what was in the arena, the last
+    used first. The others come when they are asked for, and need not wait behind thousands that nobody asks for.
+
+    Args:
+        statuses: the last engine's.
+        lost: what that one should have had; it may have died before it was done.
+    """
+    had = [status for status in statuses.values() if status.pinned or status.state == "resident"]
+    missed = [status for status in lost if (now := statuses.get(_key(status))) is None or now.state == "loading"]
+    kept = {_key(status): status for status in (*missed, *had)}
+    return sorted(kept.values(), key=lambda status: (not status.pinned, -(status.last_used or 0.0)))
+
+
+def _refused(refusal: Refusal) -> Exception:
+    if refusal.internal:
+        return RuntimeError(f"the engine could not take request {refusal.request_id}; its log says why")
+    return RequestError(refusal.reason, param=refusal.param)
+
+
+def _added(stats: EngineStats, before: EngineStats) -> EngineStats:
+    """`stats`, counting on from `before`."""
+    memory = {name: getattr(stats.adapters, name) + getattr(before.adapters, name) for name in _MEMORY_COUNTERS}
+    counters = {name: getattr(stats, name) + getattr(before, name) for name in _COUNTERS}
+    return replace(stats, **counters, adapters=replace(stats.adapters, **memory))

@@ -29,7 +29,7 @@ class CompletionEndpoint:
         service = self._service
         arrival = time.monotonic()
         body = parse_request(CompletionRequest, await service.read_json(request))
-        adapter = service.models.adapter(body.model)
+        adapter = service.models.resolve(body.model)
         given = body.prompts()
         service.client.check_number(len(given) * (body.n or 1))
         num_characters = sum(len(prompt) for prompt in given if isinstance(prompt, str))
@@ -39,7 +39,9 @@ class CompletionEndpoint:
         for number, prompt in enumerate(prompts):
             params = body.params(room=service.client.limits.room(prompt.ids))
             name = f"{request_id}-{number}"
-            requests = service.inputs.engine_requests(name, prompt.ids, params, adapter=adapter, arrival=arrival)
+            requests = service.inputs.engine_requests(
+                name, prompt.ids, params, adapter=adapter, arrival=arrival, cache_scope=body.cache_scope
+            )
             numbered.append((prompt, requests))
         options = body.stream_options
         mode = StreamMode(
@@ -48,7 +50,7 @@ class CompletionEndpoint:
             continuous_usage=options is not None and bool(options.continuous_usage_stats),
         )
         reply = CompletionFormat(service, body, request_id, prompts)
-        return await service.respond(request, Generation(service.tokenizer, numbered, reply, mode))
+        return await service.respond(request, Generation(service.tokenizer, numbered, reply, mode), body.model)
 
     def _encode(self, given: Sequence[str] | Sequence[list[int]], body: CompletionRequest) -> list[Prompt]:
         special = body.add_special_tokens is not False

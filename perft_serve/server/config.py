@@ -31,12 +31,35 @@ class ServerConfig:
         default=30, metadata={"help": "Seconds that requests in flight may still take after a signal to stop."}
     )
 
+    engine_restarts: int = field(
+        default=3,
+        metadata={
+            "help": "How often the engine is restarted when it dies or hangs; five minutes without failure count anew."
+        },
+    )
+    engine_heartbeat_timeout: int = field(
+        default=10, metadata={"help": "Seconds of silence after which the engine's process counts as hanging."}
+    )
+    engine_step_timeout: int = field(
+        default=600,
+        metadata={"help": "Seconds that one step of the engine may take before it counts as hanging; 0: any."},
+    )
+    allow_adapter_sources: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Clients may have adapters loaded from sources that begin with this; may be given several times. "
+            "Without it, from nowhere but --adapter-dir.",
+            "option": "allow-adapter-source",
+            "metavar": "PREFIX",
+        },
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
-        for name in ("max_body_size", "max_open_requests"):
+        for name in ("max_body_size", "max_open_requests", "engine_heartbeat_timeout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_adapter_labels", "shutdown_timeout"):
+        for name in ("max_adapter_labels", "shutdown_timeout", "engine_restarts", "engine_step_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

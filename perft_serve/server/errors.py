@@ -12,6 +12,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from perft.errors import AdapterError
 from perft_serve.engine.params import RequestError
 from perft_serve.server.client import EngineBusyError, EngineDeadError, SlowReaderError
 
@@ -19,10 +20,13 @@ logger = logging.getLogger(__name__)
 
 _TYPES = {
     400: "BadRequestError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    409: "ConflictError",
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
+    422: "UnprocessableEntityError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
@@ -69,6 +73,9 @@ def to_api_error(error: Exception) -> ApiError:
     """The reply to any exception; what is not the client's doing, nor a known state of the server, is logged."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, AdapterError):
+        # Not a 5xx, though the operator may have to mend it: balancers take those as the whole server's failure
+        return ApiError(422, str(error), param="model")
     if isinstance(error, RequestError):
         if error.param == "model":  # the adapter was there when the request came, and has gone since
             return ApiError(404, str(error), param=error.param)
@@ -78,7 +85,10 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, str(reason), headers=dict(error.headers) if error.headers else None)
     if isinstance(error, EngineBusyError):
         return ApiError(503, str(error), headers={"retry-after": "1"})
-    if isinstance(error, (EngineDeadError, SlowReaderError)):
+    if isinstance(error, EngineDeadError):
+        again = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
+        return ApiError(503, str(error), headers=again)
+    if isinstance(error, SlowReaderError):
         return ApiError(503, str(error))
     logger.error("internal error", exc_info=error)
     return ApiError(500, "internal error: the server's log has the details")

@@ -1,8 +1,8 @@
 """Prometheus metrics: names, definitions and buckets as vLLM has them, with the prefix `perft_` and an `adapter` label.
 
 In: the events of requests as they reach the front end, and the engine's state when somebody asks. Out: the text that
-Prometheus reads. Latencies that a client sees (first token, between tokens, end to end) are taken by the front end's clock;
-queue and prefill times by the engine's; time stamps of the two are never subtracted.
+Prometheus reads. Latencies that a client sees (first token, between tokens, end to end) are taken by the front end's clock,
+queue and prefill times by the engine's: `time.monotonic()`, which is one clock for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -40,6 +40,23 @@ _TOKEN_COUNT_BUCKETS = tuple(float(step * 10**power) for power in range(6) for s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineReading:
+    """The engine at one moment.
+
+    Args:
+        stats: its own; what counts must never go back.
+        is_up: it takes requests.
+        num_restarts: of its process.
+        num_adapters: how many it could be asked for.
+    """
+
+    stats: EngineStats
+    is_up: bool
+    num_restarts: int
+    num_adapters: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _AdapterMetrics:
     """The metrics of one value of the `adapter` label."""
 
@@ -52,6 +69,7 @@ class _AdapterMetrics:
     request_prompt_tokens: Histogram
     request_generation_tokens: Histogram
     prompt_tokens: Counter
+    prompt_tokens_cached: Counter
     generation_tokens: Counter
     request_success: dict[FinishReason, Counter]
 
@@ -101,6 +119,12 @@ class Metrics:
             "request_generation_tokens", "Generated tokens of a request.", _TOKEN_COUNT_BUCKETS
         )
         self._prompt_tokens = Counter("perft_prompt_tokens", "Prompt tokens processed.", ["adapter"], registry=registry)
+        self._prompt_tokens_cached = Counter(
+            "perft_prompt_tokens_cached",
+            "Prompt tokens that were found in the prefix cache; part of those processed.",
+            ["adapter"],
+            registry=registry,
+        )
         self._generation_tokens = Counter(
             "perft_generation_tokens", "Tokens generated.", ["adapter"], registry=registry
         )
@@ -123,7 +147,7 @@ class Metrics:
 
     def track(self, request: EngineRequest) -> RequestRecorder:
         """A recorder for a request that goes to the engine now."""
-        label = self.adapter_label(request.adapter)
+        label = self.adapter_label(None if request.adapter is None else request.adapter.name)
         if label not in self._by_label:
             self._by_label[label] = self._labelled(label)
         return RequestRecorder(
@@ -134,9 +158,9 @@ class Metrics:
         """One HTTP request has been answered; `handler` is its route's template."""
         self._http_requests.labels(handler, str(status)).inc()
 
-    def watch_engine(self, stats: Callable[[], EngineStats]) -> None:
+    def watch_engine(self, read: Callable[[], EngineReading]) -> None:
         """Has the engine's state read whenever the metrics are."""
-        self._registry.register(_EngineCollector(stats))
+        self._registry.register(_EngineCollector(read))
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -154,6 +178,7 @@ class Metrics:
             request_prompt_tokens=self._request_prompt_tokens.labels(label),
             request_generation_tokens=self._request_generation_tokens.labels(label),
             prompt_tokens=self._prompt_tokens.labels(label),
+            prompt_tokens_cached=self._prompt_tokens_cached.labels(label),
             generation_tokens=self._generation_tokens.labels(label),
             request_success={reason: self._request_success.labels(label, reason) for reason in reasons},
         )
@@ -179,6 +204,8 @@ class RequestRecorder:
             metrics.request_queue_time.observe(event.timing.scheduled - event.timing.arrival)
             metrics.request_prefill_time.observe(event.timing.first_token - event.timing.scheduled)
             metrics.prompt_tokens.inc(self._num_prompt_tokens)
+        if event.num_cached_tokens:
+            metrics.prompt_tokens_cached.inc(event.num_cached_tokens)
         if event.token_id is not None:
             if self._first_token is None:
                 self._first_token = now
@@ -203,17 +230,36 @@ class RequestRecorder:
 
 
 class _EngineCollector(Collector):
-    """The engine's state as metrics, read at the moment of asking."""
+    """The engine's state as metrics, read at the moment of asking: so many series, however many adapters there are."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
+    def __init__(self, read: Callable[[], EngineReading]) -> None:
+        self._read = read
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        yield GaugeMetricFamily("perft_num_requests_running", "Requests in the running batch.", stats.num_running)
-        yield GaugeMetricFamily("perft_num_requests_waiting", "Requests that wait to run.", stats.num_waiting)
-        yield GaugeMetricFamily("perft_kv_cache_usage_perc", "Part of the KV cache in use; 1 is all.", stats.kv_usage)
-        yield CounterMetricFamily(
-            "perft_num_preemptions", "Times a running request had to give up its pages.", stats.num_preemptions
-        )
-        yield CounterMetricFamily("perft_engine_steps", "Steps of the engine.", stats.num_steps)
+        reading = self._read()
+        stats, memory = reading.stats, reading.stats.adapters
+        for name, text, gauge in (
+            ("engine_up", "Whether the engine takes requests: 1 or 0.", int(reading.is_up)),
+            ("num_requests_running", "Requests in the running batch.", stats.num_running),
+            ("num_requests_waiting", "Requests that wait to run.", stats.num_waiting),
+            ("kv_cache_usage_perc", "Part of the KV cache that requests hold; 1 is all.", stats.kv_usage),
+            ("adapters_registered", "Adapters that requests can name.", reading.num_adapters),
+            ("adapters_resident", "Adapters in the arena.", memory.num_resident),
+            ("adapter_arena_bytes", "Size of the arena, the adapters' memory on the device.", memory.arena_bytes),
+            ("adapter_arena_used_bytes", "Bytes of the arena that adapters take.", memory.arena_used_bytes),
+            ("adapter_host_bytes", "Host memory that adapters may take.", memory.host_bytes),
+            ("adapter_host_used_bytes", "Bytes of host memory that adapters take.", memory.host_used_bytes),
+        ):
+            yield GaugeMetricFamily(f"perft_{name}", text, gauge)
+        for name, text, count in (
+            ("engine_restarts", "Times the engine's process has been started again.", reading.num_restarts),
+            ("engine_steps", "Steps of the engine.", stats.num_steps),
+            ("num_preemptions", "Times a running request had to give up its pages.", stats.num_preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            ("adapter_loads", "Adapters read from their source.", memory.num_loads),
+            ("adapter_load_failures", "Adapters that could not be read.", memory.num_load_failures),
+            ("adapter_load_seconds", "Seconds that reading adapters took, all added up.", memory.load_seconds),
+            ("adapter_evictions", "Adapters that lost their place in the arena to another.", memory.num_evictions),
+        ):
+            yield CounterMetricFamily(f"perft_{name}", text, count)

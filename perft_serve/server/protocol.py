@@ -1,4 +1,4 @@
-"""The requests and replies of the OpenAI API as this server speaks it.
+"""The requests and replies of the OpenAI API as this server speaks it, and of the routes for adapters.
 
 In: a request's body, as bytes. Out: a request whose every field has the declared type, or an `ApiError` that names the field.
 Nothing is converted ("3" is not 3, `true` is not 1), nothing unknown is let through, and what OpenAI's or vLLM's clients
@@ -8,11 +8,14 @@ may send but this server cannot do is accepted only when it asks for nothing.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
+from perft_serve.adapters.status import AdapterState
 from perft_serve.engine.events import FinishReason
 from perft_serve.engine.params import MAX_LOGPROBS, RequestError, SamplingParams
 from perft_serve.server.errors import ApiError
@@ -22,7 +25,6 @@ _NEUTRAL_IN_BOTH: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
     "best_of": (None, 1),
-    "cache_salt": (None,),
     "frequency_penalty": (None, 0),
     "guided_choice": (None,),
     "guided_grammar": (None,),
@@ -103,6 +105,13 @@ class _Request(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
+    def check(self) -> None:
+        """What no single field can tell.
+
+        Raises:
+            RequestError: naming the field.
+        """
+
 
 class StreamOptions(_Request):
     """What a stream carries beside the text."""
@@ -135,14 +144,18 @@ class _SamplingRequest(_Request):
         default=None,
         description="Name tokens `token_id:N` in log-probabilities, which tells apart those of equal text.",
     )
+    # A client can write what it likes here: it is no ground for a share of the machine (`EngineRequest.tenant`).
     user: str | None = Field(default=None, description="Whom the request is for. Has no effect.")
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        default=None, description="Requests share cached prompts only with requests of the same salt."
+    )
+
+    @property
+    def cache_scope(self) -> str:
+        """Which requests this one may share cached prompts with."""
+        return self.cache_salt or ""
 
     def check(self) -> None:
-        """What no single field can tell.
-
-        Raises:
-            RequestError: naming the field.
-        """
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is for streams only: set stream to true", param="stream_options")
 
@@ -247,7 +260,44 @@ class ChatRequest(_SamplingRequest):
         return self._params(max_tokens=max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
-RequestT = TypeVar("RequestT", CompletionRequest, ChatRequest)
+_Source = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class AdapterRequest(_Request):
+    """Body of `POST /v1/adapters`."""
+
+    name: str
+    source: _Source | None = Field(
+        default=None,
+        description="A folder of the server, a Hugging Face Hub id (`org/name@revision`) or a URL (`s3://...`); under a "
+        "name that is taken this is a reload. Left out: the adapter that has this name already.",
+    )
+    pin: bool = Field(default=False, description="Keep it in memory, whatever else wants the room.")
+    load: bool = Field(default=True, description="Reply when it is in memory; false: read nothing yet.")
+
+    def check(self) -> None:
+        if self.pin and not self.load:
+            raise RequestError("what is pinned is in memory: leave out load, or set it to true", param="pin")
+
+
+class LoadLoraRequest(_Request):
+    """Body of `POST /v1/load_lora_adapter`, as vLLM has it."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"is_3d_lora_weight": (None, False)}
+
+    lora_name: str
+    lora_path: _Source = Field(description="As `source` in `POST /v1/adapters`.")
+    load_inplace: bool = Field(default=False, description="Reload an adapter whose name is taken.")
+
+
+class UnloadLoraRequest(_Request):
+    """Body of `POST /v1/unload_lora_adapter`, as vLLM has it."""
+
+    lora_name: str
+    lora_int_id: int | None = Field(default=None, description="Has no effect, as in vLLM: the name says which.")
+
+
+RequestT = TypeVar("RequestT", bound=_Request)
 
 
 def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
@@ -275,7 +325,7 @@ def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
     try:
         request = kind.model_validate(value)
     except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_context=False)) from error
+        raise refusal(error.errors(include_url=False, include_context=False)) from error
     request.check()
     return request
 
@@ -292,7 +342,7 @@ def _without_neutral(value: dict[str, Any], neutral: dict[str, tuple[Any, ...]],
     return kept
 
 
-def _refusal(errors: list[ErrorDetails]) -> ApiError:
+def refusal(errors: Sequence[ErrorDetails]) -> ApiError:
     """What pydantic found, said about one field: an unknown one if there is one, else the first."""
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     location = first["loc"]
@@ -328,12 +378,19 @@ class _Reply(BaseModel):
         return self.model_dump_json(exclude_unset=True)
 
 
+class PromptTokensDetails(_Reply):
+    """Of the prompts' tokens, those that were found in the prefix cache."""
+
+    cached_tokens: int
+
+
 class Usage(_Reply):
     """Token counts of a request: each prompt counts once, however many completions it has."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(_Reply):
@@ -441,38 +498,6 @@ class ChatChunk(_Reply):
     prompt_token_ids: list[int] | None = None
 
 
-class AdapterCard(_Reply):
-    """What kind of adapter a model is."""
-
-    variant: str
-    unit: str
-    num_experts: int
-    top_k: int | None
-    r: int
-    num_parameters: int
-    digest: str
-
-
-class ModelCard(_Reply):
-    """A name that requests may have in `model`."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    root: str
-    parent: str | None
-    max_model_len: int
-    adapter: AdapterCard | None = None
-
-
-class ModelList(_Reply):
-    """Reply of `GET /v1/models`."""
-
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
 class ErrorBody(_Reply):
     """What went wrong."""
 
@@ -486,3 +511,83 @@ class ErrorReply(_Reply):
     """Every reply whose status is not 200."""
 
     error: ErrorBody
+
+
+class ModelAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """What kind of adapter a model is."""
+
+    variant: str | None
+    unit: str | None
+    num_experts: int | None
+    top_k: int | None
+    r: int | None
+    num_parameters: int | None
+    digest: str
+
+
+class ModelCard(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A name that requests may have in `model`; `adapter` is there once the adapter has been read."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "perft-serve"
+    root: str
+    parent: str | None
+    max_model_len: int
+    adapter: ModelAdapter | msgspec.UnsetType = msgspec.UNSET
+
+
+class ModelList(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Reply of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class AdapterCard(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """An adapter, as `/v1/adapters` shows it; what only its files can tell is `None` until they have been read.
+
+    `state` is `registered` (not read yet), `loading`, `host` (in host memory: a copy away from its first token),
+    `resident` (on the device) or `failed` (`error` says why; the next request tries again). `num_bytes` is its weight on the
+    device; `last_used` is Unix time.
+    """
+
+    id: str
+    object: Literal["adapter"] = "adapter"
+    parent: str
+    state: AdapterState
+    error: str | None
+    version: int
+    pinned: bool
+    num_in_flight: int
+    last_used: float | None
+    variant: str | None
+    unit: str | None
+    num_experts: int | None
+    top_k: int | None
+    r: int | None
+    num_parameters: int | None
+    num_bytes: int | None
+    digest: str | None
+
+
+class AdapterList(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Reply of `GET /v1/adapters`."""
+
+    object: Literal["list"] = "list"
+    data: list[AdapterCard]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Reply of `DELETE /v1/adapters/{name}`."""
+
+    id: str
+    object: Literal["adapter"] = "adapter"
+    deleted: bool = True

@@ -1,4 +1,4 @@
-"""What the two generating endpoints share: the model's names, reading a request, following its completions.
+"""What the two generating endpoints share: reading a request, following its completions.
 
 In: HTTP requests with a JSON body. Out: HTTP replies. Each endpoint says how its requests become prompts and how its replies
 look (`ReplyFormat`).
@@ -7,97 +7,33 @@ look (`ReplyFormat`).
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
+from perft.errors import AdapterError
+from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.engine.events import EngineRequest, TokenEvent
+from perft_serve.engine.params import RequestError
 from perft_serve.inputs import InputProcessor
 from perft_serve.outputs import CompletionStream, Delta
 from perft_serve.server.client import EngineClient, EventStream
 from perft_serve.server.errors import ApiError
-from perft_serve.server.protocol import AdapterCard, ModelCard, ModelList, Usage
-from perft_serve.server.sse import EventStreamResponse, until_disconnect
+from perft_serve.server.models import ModelNames
+from perft_serve.server.protocol import PromptTokensDetails, Usage
+from perft_serve.server.sse import CLIENT_CLOSED_REQUEST, EventStreamResponse, until_disconnect
 from perft_serve.text import TextTokenizer
 
 T = TypeVar("T")
 
 # Text of this length is tokenised in about a millisecond; longer text goes to a thread, so that streams go on meanwhile.
 _INLINE_CHARACTERS = 4096
-# nginx's status for it; only logs and metrics see it.
-_CLIENT_CLOSED_REQUEST = 499
-
-
-class ModelNames:
-    """The names that requests may have in `model`: the base's and the adapters'.
-
-    Raises:
-        ValueError: an adapter has the base's name.
-    """
-
-    def __init__(self, base_name: str, client: EngineClient) -> None:
-        self._base_name = base_name
-        self._adapters = {info.name: info for info in client.adapters}
-        self._max_model_len = client.limits.max_model_len
-        self._created = int(time.time())
-        if base_name in self._adapters:
-            raise ValueError(
-                f"an adapter and the base are both named {base_name!r}: give the base another --served-model-name"
-            )
-
-    def adapter(self, model: str) -> str | None:
-        """The adapter that `model` names; `None` for the base.
-
-        Raises:
-            ApiError: 404, there is no such model.
-        """
-        if model == self._base_name:
-            return None
-        if model not in self._adapters:
-            raise ApiError(
-                404, f"The model {model!r} does not exist; GET /v1/models lists those that do.", param="model"
-            )
-        return model
-
-    def card(self, model: str) -> ModelCard:
-        """A model as `GET /v1/models` shows it.
-
-        Raises:
-            ApiError: 404, there is no such model.
-        """
-        adapter = self.adapter(model)
-        card = ModelCard(
-            id=model,
-            object="model",
-            created=self._created,
-            owned_by="perft-serve",
-            root=self._base_name,
-            parent=None if adapter is None else self._base_name,
-            max_model_len=self._max_model_len,
-        )
-        if adapter is not None:
-            info = self._adapters[adapter]
-            card.adapter = AdapterCard(
-                variant=info.variant,
-                unit=info.unit,
-                num_experts=info.num_experts,
-                top_k=info.top_k,
-                r=info.r,
-                num_parameters=info.num_parameters,
-                digest=info.digest,
-            )
-        return card
-
-    def list(self) -> ModelList:
-        """All models, the base first."""
-        return ModelList(object="list", data=[self.card(name) for name in (self._base_name, *self._adapters)])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,10 +83,13 @@ class Generation:
         reply: ReplyFormat,
         mode: StreamMode,
     ) -> None:
-        self.requests = [request for _, requests in prompts for request in requests]
-        self._index = {request.request_id: index for index, request in enumerate(self.requests)}
-        self._choices = [CompletionStream(tokenizer, request.prompt_ids, request.params) for request in self.requests]
+        self._requests = [request for _, requests in prompts for request in requests]
+        self._index = {request.request_id: index for index, request in enumerate(self._requests)}
+        self._choices = [CompletionStream(tokenizer, request.prompt_ids, request.params) for request in self._requests]
         self._num_prompt_tokens = sum(len(prompt.ids) for prompt, _ in prompts)
+        # Of each prompt, what none of its completions had to compute, as far as they have said; `None`: none has yet
+        self._num_cached_tokens: list[int | None] = [None] * len(prompts)
+        self._prompt_of = [position for position, (_, requests) in enumerate(prompts) for _ in requests]
         self._reply = reply
         self._mode = mode
 
@@ -158,6 +97,12 @@ class Generation:
     def streams(self) -> bool:
         """Whether the reply is streamed."""
         return self._mode.stream
+
+    def requests_for(self, adapter: AdapterRef | None) -> Sequence[EngineRequest]:
+        """The engine requests, all pinned to this version of their adapter."""
+        return [
+            request if request.adapter == adapter else replace(request, adapter=adapter) for request in self._requests
+        ]
 
     def chunks(self, stream: EventStream, events: Iterable[TokenEvent]) -> Iterator[str]:
         """The chunks of a stream for some events."""
@@ -174,7 +119,7 @@ class Generation:
 
     async def whole(self, submit: Callable[[], EventStream]) -> str:
         """Runs to the end, and gives the reply that is not streamed."""
-        deltas: list[list[Delta]] = [[] for _ in self.requests]
+        deltas: list[list[Delta]] = [[] for _ in self._requests]
         with submit() as stream:
             async for events in stream:
                 for index, delta in self._deltas(stream, events):
@@ -187,12 +132,18 @@ class Generation:
             choice = self._choices[index]
             if choice.finished:  # by a stop string; the engine was a step ahead
                 continue
+            if event.num_cached_tokens is not None:
+                self._count_cached(self._prompt_of[index], event.num_cached_tokens)
             delta = choice.push(event)
             if delta.finish_reason == "error":
-                raise ApiError(500, f"generation has failed: {delta.error}")
+                raise _failure(event)
             if choice.stopped:
                 stream.finish(event.request_id)
             yield index, delta
+
+    def _count_cached(self, prompt: int, num_tokens: int) -> None:
+        known = self._num_cached_tokens[prompt]
+        self._num_cached_tokens[prompt] = num_tokens if known is None else min(known, num_tokens)
 
     def _usage(self) -> Usage:
         num_completion_tokens = sum(choice.num_tokens for choice in self._choices)
@@ -200,7 +151,19 @@ class Generation:
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=num_completion_tokens,
             total_tokens=self._num_prompt_tokens + num_completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(count or 0 for count in self._num_cached_tokens)
+            ),
         )
+
+
+def _failure(event: TokenEvent) -> Exception:
+    """Why the engine gave a request up."""
+    if event.error_kind == "adapter":
+        return AdapterError(event.error)
+    if event.error_kind == "deleted":
+        return RequestError(str(event.error), param="model")
+    return ApiError(500, f"generation has failed: {event.error}")
 
 
 class Service:
@@ -240,18 +203,20 @@ class Service:
         """Does tokenisation `work`, in a thread if it may take long."""
         return work() if num_characters <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
 
-    async def respond(self, request: Request, generation: Generation) -> Response:
+    async def respond(self, request: Request, generation: Generation, model: str) -> Response:
         """Runs a request in the engine and answers it; whatever is not finished when the client hangs up is aborted."""
 
         def submit() -> EventStream:
-            return self.client.submit(generation.requests)
+            # Once more: while the prompt was encoded, the adapter may have been reloaded or deleted, and a version that has
+            # been let go takes no new requests.
+            return self.client.submit(generation.requests_for(self.models.resolve(model)))
 
         if generation.streams:
             return EventStreamResponse(submit, generation.chunks, generation.last_chunks)
         try:
             body = await until_disconnect(request.receive, generation.whole(submit))
         except ClientDisconnect:
-            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         return Response(body, media_type="application/json")
 
     def _too_long(self) -> ApiError:

@@ -20,6 +20,9 @@ from perft_serve.server.errors import to_api_error
 
 T = TypeVar("T")
 
+# nginx's status for a client that hung up before it was answered; only logs and metrics see it.
+CLIENT_CLOSED_REQUEST = 499
+
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Does `work` as long as the client is there; the request's body must have been read.
@@ -48,8 +51,9 @@ async def _disconnect(receive: Receive) -> None:
 class EventStreamResponse(Response):
     """Server-sent events made of engine events as they come.
 
-    The engine's requests are submitted when the reply is about to start, so what `submit` raises still gets a status of its
-    own; after that, an error is an event. When the client hangs up, what is open is aborted.
+    The reply starts with the first thing there is to send, so what goes wrong before that (no room, an adapter that cannot
+    be loaded) still gets a status of its own; after that, an error is an event. When the client hangs up, what is open is
+    aborted.
 
     Args:
         submit: opens the stream of engine events.
@@ -72,25 +76,34 @@ class EventStreamResponse(Response):
         self._submit = submit
         self._write = write
         self._close = close
+        self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._submit() as events:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
                 await until_disconnect(receive, self._send_events(events, send))
             except ClientDisconnect:
-                return
+                if not self._started:
+                    await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
 
     async def _send_events(self, events: EventStream, send: Send) -> None:
         try:
             async for batch in events:
                 data = _encode(self._write(events, batch))
                 if data:
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await self._send(send, data, more=True)
             data = _encode(self._close())
         except Exception as error:  # it becomes an event; what is not a known state of the server is logged there
+            if not self._started:
+                raise
             data = _encode([json.dumps(to_api_error(error).envelope())])
-        await send({"type": "http.response.body", "body": data + b"data: [DONE]\n\n", "more_body": False})
+        await self._send(send, data + b"data: [DONE]\n\n", more=False)
+
+    async def _send(self, send: Send, data: bytes, *, more: bool) -> None:
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _encode(texts: Iterable[str]) -> bytes:

@@ -43,6 +43,6 @@ def shared_server(engine_config: EngineConfig) -> Iterator[RunningServer]:
 def server(shared_server: RunningServer) -> Iterator[RunningServer]:
     """The server that most tests share; each must leave it idle and healthy."""
     yield shared_server
-    shared_server.engine.pace = 0.0
+    shared_server.knobs.reset()
     shared_server.wait_until_idle()
     assert shared_server.http.get("/health").status_code == 200

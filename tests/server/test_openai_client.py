@@ -104,7 +104,7 @@ def test_chat_stream(client: openai.OpenAI) -> None:
 
 def test_models(client: openai.OpenAI, tiny_adapters: Mapping[str, str]) -> None:
     models = client.models.list().data
-    assert [model.id for model in models] == [BASE, *tiny_adapters]
+    assert [model.id for model in models] == [BASE, *sorted(tiny_adapters)]
     card = client.models.retrieve("routed").to_dict()
     assert card["parent"] == BASE
     assert card["adapter"]["variant"] == "R"  # type: ignore[index]
@@ -131,7 +131,7 @@ def test_a_bad_request(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_hang_up_in_mid_stream_frees_the_pages(server: RunningServer, client: openai.OpenAI, chat: bool) -> None:
-    server.engine.pace = 0.02
+    server.knobs.set(pace=0.02)
     common = {"model": "routed", "max_tokens": 200, "stream": True, "n": 2, "extra_body": FREE_RUNNING}
     stream = (
         client.chat.completions.create(messages=[{"role": "user", "content": "hi"}], **common)  # type: ignore[call-overload]
