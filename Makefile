@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format demo-adapters bench constraints clean
+.PHONY: help install demo test check format demo-adapters bench bench-peers bench-compare bench-adapters constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,15 @@ demo-adapters: $(INSTALLED) ## Train the demo adapters anew from demo/recipes, a
 
 bench: $(INSTALLED) ## Measure mixed adapters against the base alone and against Transformers + PEFT.
 	$(BIN)/python bench/serving.py $(BENCH_ARGS)
+
+bench-peers: $(INSTALLED) ## Make the environments of the servers that ours is measured against.
+	$(BIN)/python bench/peers.py setup
+
+bench-compare: $(INSTALLED) ## Measure our server against those that bench-peers has made.
+	$(BIN)/python bench/serving.py --compare $(BENCH_ARGS)
+
+bench-adapters: $(INSTALLED) ## Measure what adapters cost: in use, unused, switched, thousands, cold.
+	$(BIN)/python bench/adapter_costs.py $(BENCH_ARGS)
 
 constraints: $(INSTALLED) ## Write what is installed in .venv now into constraints.txt.
 	$(BIN)/python .ci/constraints.py > $(VENV)/constraints.txt
