@@ -56,7 +56,7 @@ INLINE void route(const void *h, int64_t h_type, const int64_t *base_ids, const 
   }
 }
 
-void perft_adapter_router(const void *h, int64_t h_type, const int64_t *base_ids, const float *base_weights,
+static void adapter_router(const void *h, int64_t h_type, const int64_t *base_ids, const float *base_weights,
                           const int64_t *adapter, const void *gate, int64_t gate_type, const int64_t *rules,
                           const int64_t *gate_row, int64_t *ids, float *weights, int64_t T, int64_t D, int64_t K, int64_t A,
                           int64_t X) {
@@ -68,4 +68,10 @@ void perft_adapter_router(const void *h, int64_t h_type, const int64_t *base_ids
   PERFT_ROUTE(BF16, F32)
   PERFT_ROUTE(BF16, BF16)
 #undef PERFT_ROUTE
+}
+
+int perft_adapter_router(const word *a) {
+  adapter_router(a[0].p, a[1].l, a[2].p, a[3].p, a[4].p, a[5].p, a[6].l, a[7].p, a[8].p, a[9].p, a[10].p,
+                 a[11].l, a[12].l, a[13].l, a[14].l, a[15].l);
+  return 0;
 }

@@ -1,8 +1,8 @@
 /* perft_base_router. Contract: perft_kernels/base_router.py. Tiles of up to four tokens. */
 #include "common.h"
 
-void perft_base_router(const bf16 *h, const bf16 *weight, bf16 *logits, float *weights, int64_t *ids, int64_t T, int64_t D,
-                       int64_t N, int64_t K, int64_t norm) {
+static void base_router(const bf16 *h, const bf16 *weight, bf16 *logits, float *weights, int64_t *ids, int64_t T, int64_t D,
+                        int64_t N, int64_t K, int64_t norm) {
 #pragma omp parallel for schedule(static) if (T * N * D > 65536)
   for (int64_t first = 0; first < T; first += 4) {
     const int nt = (int)MIN(T - first, 4);
@@ -18,4 +18,9 @@ void perft_base_router(const bf16 *h, const bf16 *weight, bf16 *logits, float *w
       choose(scores[t], N, K, (int)norm, ids + (first + t) * K, weights + (first + t) * K);
     }
   }
+}
+
+int perft_base_router(const word *a) {
+  base_router(a[0].p, a[1].p, a[2].p, a[3].p, a[4].p, a[5].l, a[6].l, a[7].l, a[8].l, a[9].l);
+  return 0;
 }

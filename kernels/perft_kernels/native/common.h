@@ -24,6 +24,14 @@ static inline int omp_get_thread_num(void) { return 0; }
 #define INLINE static inline __attribute__((always_inline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
+/* An argument of a kernel. Every kernel takes its arguments as an array of these, in the order of the C function behind it, so
+ * that a program (program.c) can hold calls of any kernel. Returns 0, or -1 if there is no memory for intermediate results. */
+typedef union {
+  void *p;
+  int64_t l;
+  float f;
+} word;
+
 /* Numbers of the element types, as the Python side passes them. */
 enum { F32 = 0, BF16 = 1 };
 

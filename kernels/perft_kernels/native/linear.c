@@ -1,7 +1,7 @@
 /* perft_linear: y = x W^T + bias with W as panels. Contract: perft_kernels/linear.py. */
 #include "panels.h"
 
-void perft_linear(const bf16 *x, const bf16 *panels, const bf16 *bias, void *y, int64_t y_type, int64_t T, int64_t N, int64_t K) {
+static void linear(const bf16 *x, const bf16 *panels, const bf16 *bias, void *y, int64_t y_type, int64_t T, int64_t N, int64_t K) {
 #pragma omp parallel for schedule(dynamic, 4)
   for (int64_t p = 0; p < num_panels(N); p++) {
     const int64_t width = MIN(PANEL, N - p * PANEL);
@@ -26,4 +26,9 @@ void perft_linear(const bf16 *x, const bf16 *panels, const bf16 *bias, void *y, 
         }
     }
   }
+}
+
+int perft_linear(const word *a) {
+  linear(a[0].p, a[1].p, a[2].p, a[3].p, a[4].l, a[5].l, a[6].l, a[7].l);
+  return 0;
 }

@@ -28,8 +28,8 @@ static void sort_pairs(const int64_t *ids, int64_t num_pairs, int64_t K, int64_t
   first[0] = 0;
 }
 
-int perft_moe_experts(const bf16 *h, const int64_t *ids, const float *weights, const bf16 *gate_up, const bf16 *down, bf16 *y,
-                       int64_t T, int64_t D, int64_t N, int64_t I, int64_t K) {
+static int moe_experts(const bf16 *h, const int64_t *ids, const float *weights, const bf16 *gate_up, const bf16 *down,
+                       bf16 *y, int64_t T, int64_t D, int64_t N, int64_t I, int64_t K) {
   const int64_t panels_I = num_panels(I), panels_D = num_panels(D), Dp = panels_D * PANEL, P = T * K;
   int32_t *first = malloc((N + 1 + 2 * P) * sizeof *first), *token = first + N + 1, *place = token + P;
   float *out = malloc(P * Dp * sizeof *out + P * I * sizeof(bf16));
@@ -92,4 +92,8 @@ int perft_moe_experts(const bf16 *h, const int64_t *ids, const float *weights, c
   free(first);
   free(out);
   return 0;
+}
+
+int perft_moe_experts(const word *a) {
+  return moe_experts(a[0].p, a[1].p, a[2].p, a[3].p, a[4].p, a[5].p, a[6].l, a[7].l, a[8].l, a[9].l, a[10].l);
 }

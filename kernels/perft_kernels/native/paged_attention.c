@@ -8,13 +8,19 @@
 #define MAX_GROUP 8
 
 /* Strides and sizes in bytes: from one token, and from one head, to the next; of one head's key or value. */
-void perft_kv_write(const char *k, int64_t k_token, int64_t k_head, const char *v, int64_t v_token, int64_t v_head,
-                    char *k_pages, char *v_pages, const int64_t *slot, int64_t T, int64_t G, int64_t k_size, int64_t v_size) {
+static void kv_write(const char *k, int64_t k_token, int64_t k_head, const char *v, int64_t v_token, int64_t v_head,
+                     char *k_pages, char *v_pages, const int64_t *slot, int64_t T, int64_t G, int64_t k_size, int64_t v_size) {
   for (int64_t t = 0; t < T; t++)
     for (int64_t g = 0; g < G; g++) {
       memcpy(k_pages + (slot[t] * G + g) * k_size, k + t * k_token + g * k_head, k_size);
       memcpy(v_pages + (slot[t] * G + g) * v_size, v + t * v_token + g * v_head, v_size);
     }
+}
+
+int perft_kv_write(const word *a) {
+  kv_write(a[0].p, a[1].l, a[2].l, a[3].p, a[4].l, a[5].l, a[6].p, a[7].p, a[8].p, a[9].l, a[10].l, a[11].l,
+           a[12].l);
+  return 0;
 }
 
 typedef struct {
@@ -78,10 +84,10 @@ INLINE void attend(const attention *a, const int type, const int nq, int64_t t, 
 }
 
 /* seq [T]: the sequence of each new token, -1: leave it out; position [T]: where it stands in its sequence. */
-int perft_paged_attention(const void *q, int64_t q_token, int64_t q_head, const void *k_pages, const void *v_pages, int64_t type,
-                          const int64_t *pages, const int64_t *seq, const int64_t *position, const float *sinks,
-                          void *out, int64_t T, int64_t H, int64_t G, int64_t C, int64_t Cv, int64_t page_size,
-                          int64_t max_pages, float scale, int64_t window) {
+static int paged_attention(const void *q, int64_t q_token, int64_t q_head, const void *k_pages, const void *v_pages,
+                           int64_t type, const int64_t *pages, const int64_t *seq, const int64_t *position,
+                           const float *sinks, void *out, int64_t T, int64_t H, int64_t G, int64_t C, int64_t Cv,
+                           int64_t page_size, int64_t max_pages, float scale, int64_t window) {
   const attention a = {q,     k_pages, v_pages,   out,       pages, q_token, q_head, G * C, G * Cv,
                        page_size, max_pages, H, G, C, Cv, scale, window, sinks};
   const int64_t group = H / G;
@@ -111,4 +117,9 @@ int perft_paged_attention(const void *q, int64_t q_token, int64_t q_head, const 
       free(scores);
     }
   return failed ? -1 : 0;
+}
+
+int perft_paged_attention(const word *a) {
+  return paged_attention(a[0].p, a[1].l, a[2].l, a[3].p, a[4].p, a[5].l, a[6].p, a[7].p, a[8].p, a[9].p, a[10].p,
+                    a[11].l, a[12].l, a[13].l, a[14].l, a[15].l, a[16].l, a[17].l, a[18].f, a[19].l);
 }

@@ -1,7 +1,7 @@
 /* perft_rms_norm. Contract: perft_kernels/rms_norm.py. */
 #include "common.h"
 
-void perft_rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t T, int64_t D, float epsilon) {
+static void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t T, int64_t D, float epsilon) {
 #pragma omp parallel for schedule(static) if (T * D > 16384)
   for (int64_t t = 0; t < T; t++) {
     f32x16 squares = {0};
@@ -15,4 +15,9 @@ void perft_rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t T, int64
       store16(y, t * D + d, BF16, load16(y, t * D + d, BF16) * load16(weight, d, BF16));
     }
   }
+}
+
+int perft_rms_norm(const word *a) {
+  rms_norm(a[0].p, a[1].p, a[2].p, a[3].l, a[4].l, a[5].f);
+  return 0;
 }

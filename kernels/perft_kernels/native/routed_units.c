@@ -1,9 +1,9 @@
 /* perft_routed_units: what the chosen adapter experts add. Contract: perft_kernels/routed_units.py.
  *
- * Where tokens share adapter experts, two passes. Pass 1, over tiles of up to four pairs of one adapter expert: its down rows dotted with their tokens, the activation, weight
- * and scale: a coefficient for each rank. Pass 2, over tokens: up rows times coefficients, in the order of the token's
- * own slots and ranks, whoever else is in the batch. Where they do not (decoding on many adapters), one
- * pass over tokens, with the same sums. Ranks are ragged: nothing is as wide as the widest.
+ * Where tokens share adapter experts, two passes. Pass 1, over tiles of up to four pairs of one adapter expert: its down rows
+ * dotted with their tokens, the activation, weight and scale: a coefficient for each rank. Pass 2, over tokens: up rows times
+ * coefficients, in the order of the token's own slots and ranks, whoever else is in the batch. Where they do not (decoding on
+ * many adapters), one pass over tokens, with the same sums. Ranks are ragged: nothing is as wide as the widest.
  *
  * | array         | shape    | meaning                                                             |
  * |---------------|----------|---------------------------------------------------------------------|
@@ -29,28 +29,28 @@ static int make_plan(const int64_t *ids, int64_t TX, const int64_t *rank, int64_
   int64_t total = 0, num_pairs = 0;
   for (int64_t i = 0; i < TX; i++)
     if (ids[i] >= 0 && ids[i] < E) total += rank[ids[i]];
-  p->start = malloc(TX * sizeof *p->start + (2 * TX + 1 + E + 1) * sizeof(int32_t) + total * sizeof(float));
+  p->start = malloc(TX * sizeof *p->start + (3 * TX + 1) * sizeof(int32_t) + total * sizeof(float));
   if (!p->start) return -1;
   p->pair = (int32_t *)(p->start + TX);
   p->tile = p->pair + TX;
-  int32_t *place = p->tile + TX + 1;
-  p->coefficient = (float *)(place + E + 1);
+  int32_t *scratch = p->tile + TX + 1;
+  p->coefficient = (float *)(scratch + TX);
 
-  /* where each adapter expert's pairs begin: a counting sort */
-  memset(place, 0, (E + 1) * sizeof *place);
   total = 0;
   for (int64_t i = 0; i < TX; i++) {
     const int64_t R = ids[i] >= 0 && ids[i] < E ? rank[ids[i]] : 0;
     p->start[i] = R ? total : -1;
     total += R;
-    if (R) place[ids[i] + 1]++;
+    if (R) p->pair[num_pairs++] = (int32_t)i;
   }
-  for (int64_t e = 0; e < E; e++) place[e + 1] += place[e];
-  for (int64_t i = 0; i < TX; i++)
-    if (p->start[i] >= 0) {
-      p->pair[place[ids[i]]++] = (int32_t)i;
-      num_pairs++;
-    }
+  /* those of one adapter expert together, in the order of the tokens: a radix sort, since the tables are larger than a batch */
+  for (int shift = 0; num_pairs && (E - 1) >> shift; shift += 8) {
+    int32_t place[257] = {0};
+    for (int64_t i = 0; i < num_pairs; i++) place[(ids[p->pair[i]] >> shift & 255) + 1]++;
+    for (int digit = 0; digit < 256; digit++) place[digit + 1] += place[digit];
+    for (int64_t i = 0; i < num_pairs; i++) scratch[place[ids[p->pair[i]] >> shift & 255]++] = p->pair[i];
+    memcpy(p->pair, scratch, num_pairs * sizeof *scratch);
+  }
   p->num_tiles = 0;
   for (int64_t i = 0; i < num_pairs; i++)
     if (i == 0 || ids[p->pair[i]] != ids[p->pair[i - 1]] || i - p->tile[p->num_tiles - 1] == 4)
@@ -144,9 +144,10 @@ INLINE void run(const plan *p, const operands *o, int type, int pool_type) {
   }
 }
 
-int perft_routed_units(const void *y, const void *h, int64_t type, const int64_t *ids, const float *weights, const void *down,
-                       const void *up, int64_t pool_type, const int64_t *down_row, const int64_t *up_row, const int64_t *rank,
-                       const float *scale, const uint8_t *silu_of, void *out, int64_t T, int64_t D, int64_t X, int64_t E) {
+static int routed_units(const void *y, const void *h, int64_t type, const int64_t *ids, const float *weights,
+                        const void *down, const void *up, int64_t pool_type, const int64_t *down_row,
+                        const int64_t *up_row, const int64_t *rank, const float *scale, const uint8_t *silu_of, void *out,
+                        int64_t T, int64_t D, int64_t X, int64_t E) {
   plan p;
   if (make_plan(ids, T * X, rank, E, &p)) return -1;
   const operands o = {y, h, down, up, out, ids, down_row, up_row, rank, weights, scale, silu_of, T, D, X};
@@ -159,4 +160,9 @@ int perft_routed_units(const void *y, const void *h, int64_t type, const int64_t
 #undef PERFT_RUN
   free(p.start);
   return 0;
+}
+
+int perft_routed_units(const word *a) {
+  return routed_units(a[0].p, a[1].p, a[2].l, a[3].p, a[4].p, a[5].p, a[6].p, a[7].l, a[8].p, a[9].p, a[10].p, a[11].p,
+                      a[12].p, a[13].p, a[14].l, a[15].l, a[16].l, a[17].l);
 }
