@@ -31,6 +31,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perft_kernels._op import Op
 from perft_kernels._rows import block_scores
 from perft_kernels.native import element_type, native
 
@@ -143,7 +144,7 @@ def _adapter_router(
     return ids_TX, weights_TX
 
 
-adapter_router = torch.library.custom_op("perft::adapter_router", _adapter_router, mutates_args=())
+adapter_router = Op("adapter_router", _adapter_router)
 
 
 @adapter_router.register_fake

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perft_kernels._op import Op
 from perft_kernels.adapter_router import route
 from perft_kernels.native import native
 
@@ -36,7 +37,7 @@ def _base_router(h_TD: Tensor, weight_ND: Tensor, top_k: int, norm: bool) -> tup
     return logits_TN, weights_TK, ids_TK
 
 
-base_router = torch.library.custom_op("perft::base_router", _base_router, mutates_args=())
+base_router = Op("base_router", _base_router)
 
 
 @base_router.register_fake

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perft_kernels._op import Op
 from perft_kernels.native import element_type, native
 
 PANEL = 32
@@ -48,7 +49,7 @@ def _linear(x_TK: Tensor, panels: Tensor, bias_N: Tensor | None, num_rows: int) 
     return y_TN
 
 
-linear = torch.library.custom_op("perft::linear", _linear, mutates_args=())
+linear = Op("linear", _linear)
 
 
 @linear.register_fake

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perft_kernels._op import Op
 from perft_kernels.linear import from_panels, to_panels
 from perft_kernels.native import native
 
@@ -59,7 +60,7 @@ def _moe_experts(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tens
     return y_TD
 
 
-moe_experts = torch.library.custom_op("perft::moe_experts", _moe_experts, mutates_args=())
+moe_experts = Op("moe_experts", _moe_experts)
 
 
 @moe_experts.register_fake

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perft_kernels._op import Op
 from perft_kernels.native import native
 
 
@@ -28,7 +29,7 @@ def _rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     return y
 
 
-rms_norm = torch.library.custom_op("perft::rms_norm", _rms_norm, mutates_args=())
+rms_norm = Op("rms_norm", _rms_norm)
 
 
 @rms_norm.register_fake

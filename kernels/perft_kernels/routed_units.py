@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perft_kernels._op import Op
 from perft_kernels._rows import row_scores
 from perft_kernels.native import element_type, native
 
@@ -251,7 +252,7 @@ def _routed_units(
     return out_TD
 
 
-routed_units = torch.library.custom_op("perft::routed_units", _routed_units, mutates_args=())
+routed_units = Op("routed_units", _routed_units)
 
 
 @routed_units.register_fake
@@ -259,9 +260,7 @@ def _(y_TD, h_TD, *_args, **_kwargs):  # type: ignore[no-untyped-def]
     return torch.empty_like(y_TD)
 
 
-routed_units_backward = torch.library.custom_op(
-    "perft::routed_units_backward", routed_units_backward_reference, mutates_args=()
-)
+routed_units_backward = Op("routed_units_backward", routed_units_backward_reference)
 
 
 @routed_units_backward.register_fake

@@ -101,4 +101,4 @@ def test_unsorted_base_weights_are_ranked() -> None:
 
 def test_op_is_well_formed() -> None:
     inputs = make(5)
-    torch.library.opcheck(adapter_router, (*inputs[:5], torch.tensor(RULES), inputs[5], WIDTH))
+    torch.library.opcheck(adapter_router.op, (*inputs[:5], torch.tensor(RULES), inputs[5], WIDTH))

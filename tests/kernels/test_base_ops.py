@@ -131,7 +131,7 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 def test_ops_are_well_formed() -> None:
     h, ids, weights, gate_up, down = make(3, 4, 2, 32, 32)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(moe_experts, (h, ids, weights, *expert_panels(gate_up, down)), test_utils=tests)
-    torch.library.opcheck(base_router, (h, random(4, 32), 2, True), test_utils=tests)
-    torch.library.opcheck(rms_norm, (h, random(32), 1e-6), test_utils=tests)
-    torch.library.opcheck(linear, (h, to_panels(gate_up[0]), None, 64), test_utils=tests)
+    torch.library.opcheck(moe_experts.op, (h, ids, weights, *expert_panels(gate_up, down)), test_utils=tests)
+    torch.library.opcheck(base_router.op, (h, random(4, 32), 2, True), test_utils=tests)
+    torch.library.opcheck(rms_norm.op, (h, random(32), 1e-6), test_utils=tests)
+    torch.library.opcheck(linear.op, (h, to_panels(gate_up[0]), None, 64), test_utils=tests)

@@ -205,4 +205,4 @@ def test_op_is_well_formed() -> None:
     leaves = [case.y_TD, case.h_TD, case.weights_TX, case.down_SD, case.up_SD]
     for leaf in leaves:
         leaf.requires_grad_()
-    torch.library.opcheck(routed_units, case.args())
+    torch.library.opcheck(routed_units.op, case.args())

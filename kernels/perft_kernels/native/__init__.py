@@ -8,6 +8,7 @@ sources, compiler and processor, so it takes some seconds once. Without a compil
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,10 +17,13 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,45 +32,77 @@ logger = logging.getLogger(__name__)
 
 # No -ffast-math: NaN has to stay NaN, and sums keep their order.
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
-# The parameters of each function: p an address, l an int64, f a float. Those with `:` return 0, or -1 out of memory.
+# The arguments of each kernel, 64 bits each: p an address, l an int64, f a float.
 _SIGNATURES = {
     "perft_linear": "ppppllll",
-    "perft_moe_experts": "pppppplllll:",
+    "perft_moe_experts": "pppppplllll",
     "perft_base_router": "ppppp" + "lllll",
     "perft_rms_norm": "ppp" + "llf",
     "perft_adapter_router": "plppppl" + "pppp" + "lllll",
-    "perft_routed_units": "pplppppl" + "ppppp" + "p" + "llll:",
+    "perft_routed_units": "pplppppl" + "ppppp" + "p" + "llll",
     "perft_kv_write": "pllpllppp" + "llll",
-    "perft_paged_attention": "pllppl" + "ppppp" + "lllllll" + "fl:",
+    "perft_paged_attention": "pllppl" + "ppppp" + "lllllll" + "fl",
+    "perft_elementwise": "l" + "plplpl" + "llll" * 4,
+    "perft_run": "pl",
 }
-_ARGUMENTS = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "f": ctypes.c_float}
-_ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_WORDS = {"p": "Q", "l": "q", "f": "f4x"}
+ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+Argument: TypeAlias = "Tensor | float | None"
+Observer: TypeAlias = "Callable[[str, tuple[Argument, ...]], None]"
 
 
 class Library:
-    """The compiled functions.
+    """The compiled kernels.
 
     Args:
         file: the shared library.
+
+    Attributes:
+        addresses: where each kernel's code lies, by its name.
     """
 
     def __init__(self, file: Path) -> None:
         handle = ctypes.CDLL(str(file))
         self._functions = {}
+        self._words = {}
+        self.addresses = {}
         for name, signature in _SIGNATURES.items():
             function = getattr(handle, name)
-            function.argtypes = [_ARGUMENTS[letter] for letter in signature.removesuffix(":")]
-            function.restype = ctypes.c_int if signature.endswith(":") else None
+            function.argtypes = [ctypes.c_char_p]
             self._functions[name] = function
+            self._words[name] = struct.Struct("=" + "".join(_WORDS[letter] for letter in signature))
+            address = ctypes.cast(function, ctypes.c_void_p).value
+            assert address is not None
+            self.addresses[name] = address
+        self._observers = threading.local()
 
-    def __call__(self, name: str, *arguments: Tensor | float | None) -> None:
-        """Run a function; a tensor's address is passed for it, and whoever calls keeps it alive and contiguous.
+    def __call__(self, name: str, *arguments: Argument) -> None:
+        """Run a kernel; a tensor's address is passed for it, and whoever calls keeps it alive and contiguous.
 
         Raises:
             MemoryError: there is no room for its intermediate results.
         """
-        if self._functions[name](*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]):
+        observer = getattr(self._observers, "present", None)
+        if observer is not None:
+            observer(name, arguments)
+        if self._functions[name](self.pack(name, arguments)):
             raise MemoryError(f"{name} has found no memory for its intermediate results")
+
+    def pack(self, name: str, arguments: Sequence[Argument]) -> bytes:
+        """The arguments as the kernel takes them, 8 bytes each."""
+        return self._words[name].pack(
+            *[a.data_ptr() if isinstance(a, Tensor) else 0 if a is None else a for a in arguments]
+        )
+
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Tells `observer` of each of this thread's calls before it runs."""
+        self._observers.present = observer
+        try:
+            yield
+        finally:
+            del self._observers.present
 
 
 @functools.cache
@@ -88,14 +124,14 @@ def library() -> Library | None:
 
 def native(*tensors: Tensor) -> Library | None:
     """The kernels, if they can take these tensors: on the CPU, of float32 or bfloat16, the last axis in whole vectors of 16."""
-    if all(t.device.type == "cpu" and t.dtype in _ELEMENT_TYPES and t.shape[-1] % 16 == 0 for t in tensors):
+    if all(t.device.type == "cpu" and t.dtype in ELEMENT_TYPES and t.shape[-1] % 16 == 0 for t in tensors):
         return library()
     return None
 
 
 def element_type(tensor: Tensor) -> int:
     """How the C side calls the tensor's dtype."""
-    return _ELEMENT_TYPES[tensor.dtype]
+    return ELEMENT_TYPES[tensor.dtype]
 
 
 def _compiled(compiler: Sequence[str]) -> Path:
