@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perft.moe import MoeBlock
+from perft_kernels.adapter_router import route
 from perft_kernels.base_router import base_router
 from perft_kernels.linear import linear, to_panels
 from perft_kernels.moe_experts import expert_panels, moe_experts
@@ -146,12 +147,18 @@ def _one_op_router(module: nn.Module) -> nn.Module | None:
     wanted = module(h_TD)
     if not (isinstance(wanted, tuple) and len(wanted) == 3 and wanted[1].shape == (64, top_k)):
         return None
+    logits_TN, weights_TK, ids_TK = wanted
+    probs_TN = torch.softmax(logits_TN.float(), dim=-1)
+    assert isinstance(top_k, int)
     for norm in (False, True):
-        one_op = OneOpRouter(module, norm, wanted[1].dtype)
+        one_op = OneOpRouter(module, norm, weights_TK.dtype)
+        # The rule is tried on the original's own logits: of two that are equal after rounding, either may be chosen
+        _, rule_TK = route(logits_TN, top_k, norm=norm)
+        follows_rule = _agree(weights_TK, rule_TK) and bool(
+            (probs_TN.gather(1, ids_TK) == probs_TN.topk(top_k)[0]).all()
+        )
         found = one_op(h_TD)
-        # by base expert: two that are equally likely may come in either order
-        spread = [torch.zeros(64, weight.shape[0]).scatter(1, ids, w.float()) for _, w, ids in (found, wanted)]  # type: ignore[union-attr]
-        if found[0].dtype == wanted[0].dtype and _agree(found[0], wanted[0]) and _agree(*spread):
+        if follows_rule and found[0].dtype == logits_TN.dtype and _agree(found[0], logits_TN):
             return one_op
     return None
 
