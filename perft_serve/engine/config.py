@@ -59,6 +59,13 @@ class EngineConfig:
             "choices": ("on", "off"),
         },
     )
+    decode_programs: str = field(
+        default="on",
+        metadata={
+            "help": "on or off: on a CPU, record decode steps and replay them without Python.",
+            "choices": ("on", "off"),
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_memory", "adapter_memory", "page_size"):
@@ -66,8 +73,9 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.host_adapter_memory < 0:
             raise ValueError(f"host_adapter_memory must be at least 0, got {self.host_adapter_memory}")
-        if self.prefix_caching not in ("on", "off"):
-            raise ValueError(f"prefix_caching must be 'on' or 'off', got {self.prefix_caching!r}")
+        for name in ("prefix_caching", "decode_programs"):
+            if getattr(self, name) not in ("on", "off"):
+                raise ValueError(f"{name} must be 'on' or 'off', got {getattr(self, name)!r}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len must be at least 2, got {self.max_model_len}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -18,6 +18,7 @@ from perft.moe import find_moe_blocks
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch, build_batch
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.decode_programs import DecodePrograms
 from perft_serve.engine.digest import base_digest
 from perft_serve.engine.packing import pack
 from perft_serve.engine.sampler import sample, token_logprobs, uniform
@@ -77,20 +78,29 @@ class Runner:
             )
         self._cache = KvCache(shapes, self.num_pages, config.page_size, self.dtype, self.device)
         self._seam.cache = self._cache
+        self._programs = None
+        if self.device.type == "cpu" and config.decode_programs == "on":
+            self._programs = DecodePrograms(
+                self._forward,
+                self.arena,
+                max_num_seqs=config.max_num_seqs,
+                max_pages=min(self.num_pages, -(-(self.max_position_embeddings or self.num_pages) // config.page_size)),
+            )
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[ChunkResult]:
         """Compute one step; the plan has at least one chunk."""
         self._cache.clear(plan.new_pages)
         batch = build_batch(plan, self._page_size, self.device)
-        logits_NV = self._forward(batch)
+        logits_NV = self._programs.run(batch) if self._programs is not None else None
+        if logits_NV is None:
+            # a chunk in the middle of a prompt needs no logits, but the model computes at least one row
+            logits_NV = self._forward(batch, torch.tensor(batch.logit_rows or (0,), device=self.device))
         return self._results(plan, logits_NV)
 
-    def _forward(self, batch: Batch) -> Tensor:
-        """float32 logits of the batch's `logit_rows`, `[N, V]`."""
+    def _forward(self, batch: Batch, rows: Tensor) -> Tensor:
+        """float32 logits of the batch's tokens `rows`, `[N, V]`."""
         self._seam.batch = batch
-        # a chunk in the middle of a prompt needs no logits, but the model computes at least one row
-        rows = torch.tensor(batch.logit_rows or (0,), device=self.device)
         output = self._model(
             input_ids=batch.tokens_T.unsqueeze(0),
             position_ids=batch.positions_T.unsqueeze(0),
@@ -129,7 +139,10 @@ class Runner:
         """(chunk, token, whether its logits are fine, log-probabilities or `None`) of each chunk that gets a token."""
         if not sampled:
             return []
-        logits_BV = logits_NV[torch.tensor([row for _, row in sampled], device=self.device)]
+        rows = [row for _, row in sampled]
+        logits_BV = (
+            logits_NV if rows == list(range(len(logits_NV))) else logits_NV[torch.tensor(rows, device=self.device)]
+        )
         seqs = [chunk.seq for chunk, _ in sampled]
         draws = [uniform(seq.seed, seq.request.choice, len(seq.token_ids)) for seq in seqs]
         tokens, fine = sample(logits_BV, [seq.request.params for seq in seqs], draws)

@@ -1,0 +1,108 @@
+"""Decode steps as programs (`perft_kernels.program`): recorded once for each size of batch, then replayed without Python.
+
+In: batches. Out: their logits, if every sequence of the batch has one token; else `None`, and the model is run as it is. A
+program depends on the number of tokens and on how many adapter experts a token takes at the most, never on which adapters:
+these are rows and tables of the arena, which stay where they are. Only on a CPU with the CPU kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from perft_kernels.native import library
+from perft_kernels.program import Program, RecordingError, Workspace, record
+from perft_serve.adapters.arena import AdapterArena
+from perft_serve.engine.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+# Programs that are kept; one is some 100 KB of addresses.
+MAX_PROGRAMS = 512
+
+
+class DecodePrograms:
+    """The programs of one model.
+
+    Args:
+        forward: the model: logits `[N, V]` of a batch's `logit_rows` (given as a tensor).
+        arena: the adapters' memory; where its tables are made anew, so are the programs that read them.
+        max_num_seqs: the most sequences in a batch.
+        max_pages: the most pages of one sequence.
+    """
+
+    def __init__(
+        self, forward: Callable[[Batch, Tensor], Tensor], arena: AdapterArena, *, max_num_seqs: int, max_pages: int
+    ) -> None:
+        self._forward = forward
+        self._arena = arena
+        self._tables = arena.rule_A6
+        self._kernels = library()
+        self._workspace = Workspace()
+        self._programs: OrderedDict[tuple[int, int], Program] = OrderedDict()  # by tokens and width; latest used last
+        self._refused = False
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64)
+
+        self._rows_T = torch.arange(max_num_seqs)
+        # what every program reads, the first rows of each
+        self._inputs = Batch(
+            tokens_T=zeros(max_num_seqs),
+            positions_T=zeros(max_num_seqs),
+            slot_T=zeros(max_num_seqs),
+            adapter_T=zeros(max_num_seqs),
+            width=0,
+            pages_BN=zeros(max_num_seqs, max_pages),
+            short_T=self._rows_T,
+            num_queries=(1,) * max_num_seqs,
+            context_len=(1,) * max_num_seqs,
+            logit_rows=(),
+        )
+
+    def run(self, batch: Batch) -> Tensor | None:
+        """Logits `[B, V]` in float32, good until the next call; `None` if there is no program for such a batch."""
+        num_seqs = len(batch.num_queries)
+        is_decode = len(batch.tokens_T) == num_seqs and batch.logit_rows == tuple(range(num_seqs))
+        if not is_decode or self._refused or self._kernels is None:
+            return None
+        if self._arena.rule_A6 is not self._tables:
+            self._programs.clear()
+            self._tables = self._arena.rule_A6
+        # slots that an adapter does not need cost next to nothing, programs do
+        width = 1 << (batch.width - 1).bit_length() if batch.width else 0
+        inputs = self._first(num_seqs, width)
+        for name in ("tokens_T", "positions_T", "slot_T", "adapter_T"):
+            getattr(inputs, name).copy_(getattr(batch, name))
+        inputs.pages_BN[:, : batch.pages_BN.shape[1]] = batch.pages_BN
+        key = (num_seqs, width)
+        program = self._programs.get(key)
+        if program is None:
+            try:
+                program = record(lambda: self._forward(inputs, self._rows_T[:num_seqs]), self._kernels, self._workspace)
+            except RecordingError as error:
+                logger.info("decode steps go through Python, which is slower: %s", error)
+                self._refused = True
+                return None
+            self._programs[key] = program
+            if len(self._programs) > MAX_PROGRAMS:
+                self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return program.run()
+
+    def _first(self, num_seqs: int, width: int) -> Batch:
+        whole = self._inputs
+        return replace(
+            whole,
+            **{name: getattr(whole, name)[:num_seqs] for name in ("tokens_T", "positions_T", "slot_T", "adapter_T")},
+            width=width,
+            pages_BN=whole.pages_BN[:num_seqs],
+            short_T=whole.short_T[:num_seqs],
+            num_queries=whole.num_queries[:num_seqs],
+            context_len=whole.context_len[:num_seqs],
+        )
