@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -215,7 +216,16 @@ def test_nothing_is_left_and_every_token_is_right(
     engine = Engine(config)
     crowd = Crowd(engine, sources, seed)
     actions = {crowd.submit: 0.35, crowd.hang_up: 0.06, crowd.register: 0.03, crowd.delete: 0.02, crowd.warm: 0.03}
-    for _ in range(3000):
+    for num_steps in itertools.count():
+        # how many requests end well depends on how fast threads read adapters
+        if (
+            num_steps >= 3000
+            and crowd.num_right > 400
+            and crowd.num_cached > 500
+            and engine.stats().num_preemptions > 10
+        ):
+            break
+        assert num_steps < 30_000, "the steps do not reach what they are to test"
         for action, probability in actions.items():
             if crowd.rng.random() < probability:
                 action()
@@ -223,9 +233,6 @@ def test_nothing_is_left_and_every_token_is_right(
     crowd.finish()
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0)
-    assert stats.num_preemptions > 10
-    assert crowd.num_right > 400
-    assert crowd.num_cached > 500
     statuses = {(status.name, status.version): status for status in engine.adapter_updates()}
     assert not any(status.num_in_flight for status in statuses.values())
     for ref in crowd.catalog.page():
