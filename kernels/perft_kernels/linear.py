@@ -15,16 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perft_kernels._op import Op
+from perft_kernels.huge_pages import HugePages
 from perft_kernels.native import element_type, native
 
 PANEL = 32
 
 
-def to_panels(weight_NK: Tensor) -> Tensor:
+def to_panels(weight_NK: Tensor, memory: HugePages) -> Tensor:
     """The panels of a weight `[..., N, K]` (K even), in memory of their own: `[..., ceil(N / 32), K / 2, 32, 2]`."""
     num_rows, num_columns = weight_NK.shape[-2:]
     padded = F.pad(weight_NK, (0, 0, 0, -num_rows % PANEL))
-    return padded.unflatten(-1, (num_columns // 2, 2)).unflatten(-3, (-1, PANEL)).transpose(-3, -2).contiguous()
+    panels = padded.unflatten(-1, (num_columns // 2, 2)).unflatten(-3, (-1, PANEL)).transpose(-3, -2)
+    return memory.empty(panels.shape, panels.dtype).copy_(panels)
 
 
 def from_panels(panels: Tensor, num_rows: int) -> Tensor:

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perft_kernels._op import Op
+from perft_kernels.huge_pages import HugePages
 from perft_kernels.linear import from_panels, to_panels
 from perft_kernels.native import native
 
 
-def expert_panels(gate_up_NID: Tensor, down_NDI: Tensor) -> tuple[Tensor, Tensor]:
+def expert_panels(gate_up_NID: Tensor, down_NDI: Tensor, memory: HugePages) -> tuple[Tensor, Tensor]:
     """The op's weights from Transformers' `gate_up_proj` `[N, 2 I, D]` (gate first) and `down_proj` `[N, D, I]`; even D, I."""
-    return to_panels(gate_up_NID.unflatten(1, (2, -1))), to_panels(down_NDI)
+    return to_panels(gate_up_NID.unflatten(1, (2, -1)), memory), to_panels(down_NDI, memory)
 
 
 def moe_experts_reference(h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

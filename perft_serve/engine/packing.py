@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from perft.moe import MoeBlock
 from perft_kernels.adapter_router import route
 from perft_kernels.base_router import base_router
+from perft_kernels.huge_pages import HugePages
 from perft_kernels.linear import linear, to_panels
 from perft_kernels.moe_experts import expert_panels, moe_experts
 from perft_kernels.native import library
@@ -34,11 +35,11 @@ _MIN_ROWS = 16
 class PanelLinear(nn.Module):
     """An `nn.Linear` whose weight is panels."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, memory: HugePages) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
-        self.register_buffer("panels", to_panels(layer.weight.detach()), persistent=False)
+        self.register_buffer("panels", to_panels(layer.weight.detach(), memory), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Linear`."""
@@ -49,10 +50,10 @@ class PanelLinear(nn.Module):
 class PanelExperts(nn.Module):
     """An experts module whose weights are panels; other settings that the model may read are its own copies."""
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, experts: nn.Module, memory: HugePages) -> None:
         super().__init__()
         self.num_experts = experts.num_experts
-        gate_up, down = expert_panels(experts.gate_up_proj.detach(), experts.down_proj.detach())  # type: ignore[operator]
+        gate_up, down = expert_panels(experts.gate_up_proj.detach(), experts.down_proj.detach(), memory)  # type: ignore[operator]
         self.register_buffer("gate_up", gate_up, persistent=False)
         self.register_buffer("down", down, persistent=False)
 
@@ -96,17 +97,18 @@ def pack(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> None:
     """Replace what the CPU kernels can compute, in place; does nothing to a model that they are not for."""
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or library() is None:
         return
-    kept = [block.name for block in blocks if not _replace_experts(model, block)]
+    memory = HugePages()
+    kept = [block.name for block in blocks if not _replace_experts(model, block, memory)]
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and _fits(module.weight) and module.out_features >= _MIN_ROWS:
-            _set(model, name, PanelLinear(module))
+            _set(model, name, PanelLinear(module, memory))
         elif (one_op := _one_op_norm(module) or _one_op_router(module)) is not None:
             _set(model, name, one_op)
     if kept:
         logger.info("base experts that run as Transformers has them: %s", ", ".join(kept))
 
 
-def _replace_experts(model: PreTrainedModel, block: MoeBlock) -> bool:
+def _replace_experts(model: PreTrainedModel, block: MoeBlock, memory: HugePages) -> bool:
     experts = model.get_submodule(block.name)
     gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and _fits(gate_up) and _fits(down)):
@@ -114,7 +116,7 @@ def _replace_experts(model: PreTrainedModel, block: MoeBlock) -> bool:
     num_experts, hidden_size, inner_size = down.shape if down.dim() == 3 else (0, 0, 0)
     if gate_up.shape != (num_experts, 2 * inner_size, hidden_size) or hidden_size != block.hidden_size:
         return False
-    packed = PanelExperts(experts)
+    packed = PanelExperts(experts, memory)
     weights_TK, ids_TK = torch.rand(8, num_experts, generator=torch.Generator().manual_seed(1)).topk(
         min(2, num_experts)
     )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perft_kernels.base_router import base_router
+from perft_kernels.huge_pages import HugePages
 from perft_kernels.linear import from_panels, linear, to_panels
 from perft_kernels.moe_experts import expert_panels, moe_experts
 from perft_kernels.rms_norm import rms_norm
@@ -27,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", [(32, 16), (33, 48), (1, 16), (96, 160), (3, 5, 64)])
 def test_panels_hold_the_weight(shape: tuple[int, ...]) -> None:
     weight = random(*shape[:-1], shape[-1] // 2 * 2)
-    assert torch.equal(from_panels(to_panels(weight), weight.shape[-2]), weight)
+    assert torch.equal(from_panels(to_panels(weight, HugePages()), weight.shape[-2]), weight)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -36,7 +37,7 @@ def test_panels_hold_the_weight(shape: tuple[int, ...]) -> None:
 def test_linear(rows: int, columns: int, tokens: int, bias: bool) -> None:
     weight, x = random(rows, columns), random(tokens, columns, seed=1)
     bias_N = random(rows, seed=2) if bias else None
-    got = linear(x, to_panels(weight), bias_N, rows)
+    got = linear(x, to_panels(weight, HugePages()), bias_N, rows)
     want = F.linear(x.float(), weight.float(), None if bias_N is None else bias_N.float())
     assert got.dtype == torch.bfloat16
     assert relative_error(got, want) < TOLERANCE
@@ -68,7 +69,7 @@ def make(tokens: int, experts: int, top_k: int, hidden: int, inner: int) -> tupl
 )
 def test_moe_experts(tokens: int, experts: int, top_k: int, hidden: int, inner: int) -> None:
     h, ids, weights, gate_up, down = make(tokens, experts, top_k, hidden, inner)
-    got = moe_experts(h, ids, weights, *expert_panels(gate_up, down))
+    got = moe_experts(h, ids, weights, *expert_panels(gate_up, down, HugePages()))
     assert relative_error(got, plain_experts(h, ids, weights, gate_up, down)) < TOLERANCE
 
 
@@ -76,10 +77,10 @@ def test_ids_out_of_range_add_nothing() -> None:
     h, ids, weights, gate_up, down = make(6, 4, 2, 32, 32)
     ids = torch.where(torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.5, ids, ids * 5 - 7)
     assert ((ids < 0) | (ids >= 4)).any()
-    got = moe_experts(h, ids, weights, *expert_panels(gate_up, down))
+    got = moe_experts(h, ids, weights, *expert_panels(gate_up, down, HugePages()))
     want = plain_experts(h, ids, weights, gate_up, down)
     torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=2e-2)
-    none = moe_experts(h, torch.full_like(ids, -1), weights, *expert_panels(gate_up, down))
+    none = moe_experts(h, torch.full_like(ids, -1), weights, *expert_panels(gate_up, down, HugePages()))
     assert not none.any()
 
 
@@ -89,7 +90,7 @@ def test_a_token_does_not_depend_on_its_neighbours(backend: str) -> None:
         pytest.skip("a GEMM of torch's sums in an order that depends on the number of its rows")
     h, ids, weights, gate_up, down = make(40, 4, 2, 64, 96)
     h[7] = float("nan")
-    panels = expert_panels(gate_up, down)
+    panels = expert_panels(gate_up, down, HugePages())
     together = moe_experts(h, ids, weights, *panels)
     projected = linear(h, panels[0][0, 0], None, 96)
     assert together[7].isnan().all()
@@ -102,7 +103,7 @@ def test_a_token_does_not_depend_on_its_neighbours(backend: str) -> None:
 def test_large_activations() -> None:
     """SiLU where its exponential overflows or vanishes."""
     h, ids, weights, gate_up, down = make(4, 4, 2, 32, 32)
-    got = moe_experts(h * 300, ids, weights, *expert_panels(gate_up, down))
+    got = moe_experts(h * 300, ids, weights, *expert_panels(gate_up, down, HugePages()))
     want = plain_experts(h * 300, ids, weights, gate_up, down)
     assert got.isfinite().all()
     assert relative_error(got, want) < TOLERANCE
@@ -131,7 +132,9 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
 def test_ops_are_well_formed() -> None:
     h, ids, weights, gate_up, down = make(3, 4, 2, 32, 32)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(moe_experts.op, (h, ids, weights, *expert_panels(gate_up, down)), test_utils=tests)
+    torch.library.opcheck(
+        moe_experts.op, (h, ids, weights, *expert_panels(gate_up, down, HugePages())), test_utils=tests
+    )
     torch.library.opcheck(base_router.op, (h, random(4, 32), 2, True), test_utils=tests)
     torch.library.opcheck(rms_norm.op, (h, random(32), 1e-6), test_utils=tests)
-    torch.library.opcheck(linear.op, (h, to_panels(gate_up[0]), None, 64), test_utils=tests)
+    torch.library.opcheck(linear.op, (h, to_panels(gate_up[0], HugePages()), None, 64), test_utils=tests)
