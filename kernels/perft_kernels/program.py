@@ -196,8 +196,12 @@ class _Recorder(TorchDispatchMode):
         """Notes an operation of torch as calls of the elementwise kernel, if it is one."""
         if func in _UNARY:
             return self._elementwise([(_UNARY[func], result, args[0], args[0])])
-        if func in _BINARY and len(args) == 2 and not kwargs and all(isinstance(a, Tensor) and a.dim() for a in args):
-            return self._elementwise([(_BINARY[func], result, *args)])
+        if func in _BINARY and len(args) == 2 and not kwargs:
+            a, b = args
+            if isinstance(b, float) and result.is_floating_point():
+                b = torch.tensor([b])
+            if all(isinstance(x, Tensor) and x.dim() for x in (a, b)):
+                return self._elementwise([(_BINARY[func], result, a, b)])
         if func is aten.reshape.default:
             return self._elementwise([(_COPY, result.view(args[0].shape), args[0], args[0])])
         if func is aten.copy_.default:
