@@ -41,7 +41,7 @@ class DecodePrograms:
     ) -> None:
         self._forward = forward
         self._arena = arena
-        self._tables = arena.rule_A6
+        self._tables = (arena.rule_A6, arena.rank_LE)
         self._kernels = library()
         self._workspace = Workspace()
         self._programs: OrderedDict[tuple[int, int], Program] = OrderedDict()  # by tokens and width; latest used last
@@ -71,9 +71,9 @@ class DecodePrograms:
         is_decode = len(batch.tokens_T) == num_seqs and batch.logit_rows == tuple(range(num_seqs))
         if not is_decode or self._refused or self._kernels is None:
             return None
-        if self._arena.rule_A6 is not self._tables:
+        if self._arena.rule_A6 is not self._tables[0] or self._arena.rank_LE is not self._tables[1]:
             self._programs.clear()
-            self._tables = self._arena.rule_A6
+            self._tables = (self._arena.rule_A6, self._arena.rank_LE)
         # slots that an adapter does not need cost next to nothing, programs do
         width = 1 << (batch.width - 1).bit_length() if batch.width else 0
         inputs = self._first(num_seqs, width)

@@ -54,24 +54,27 @@ class KvCache:
         device: torch.device,
     ) -> None:
         self.page_size = page_size
-        self.layers = {
-            layer: (
-                # not zeroed: pages are cleared when they are handed out, and on a CPU untouched memory costs nothing
-                torch.empty(num_pages + 1, page_size, heads, key_dim, dtype=dtype, device=device),
-                torch.empty(num_pages + 1, page_size, heads, value_dim, dtype=dtype, device=device),
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pools: list[Tensor] = []  # keys, or values, of layers alike, `[layers, P + 1, page, G, C]`
+        for shape in dict.fromkeys(shapes.values()):
+            heads, *dims = shape
+            alike = [layer for layer, other in shapes.items() if other == shape]
+            # not zeroed: pages are cleared when they are handed out, and on a CPU untouched memory costs nothing
+            keys, values = (
+                torch.empty(len(alike), num_pages + 1, page_size, heads, dim, dtype=dtype, device=device)
+                for dim in dims
             )
-            for layer, (heads, key_dim, value_dim) in shapes.items()
-        }
+            self.layers |= {layer: (keys[i], values[i]) for i, layer in enumerate(alike)}
+            self._pools += [keys, values]
         self.clear((0,))
 
     def clear(self, pages: tuple[int, ...]) -> None:
         """Zero pages that change hands: what a former holder left there, NaN included, must not reach the next."""
         if not pages:
             return
-        index = torch.tensor(pages, device=next(iter(self.layers.values()))[0].device)
-        for k_pages, v_pages in self.layers.values():
-            k_pages.index_fill_(0, index, 0)
-            v_pages.index_fill_(0, index, 0)
+        index = torch.tensor(pages, device=self._pools[0].device)
+        for pool in self._pools:
+            pool.index_fill_(1, index, 0)
 
 
 class Seam:
