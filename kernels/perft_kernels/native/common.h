@@ -105,6 +105,38 @@ INLINE float sum16(f32x16 x) {
   return (y[0] + y[2]) + (y[1] + y[3]);
 }
 
+/* The sums of 16 vectors, each in its place: a tree of additions that takes two vectors' halves in one. */
+INLINE f32x16 sums16(f32x16 *x) {
+#if defined(__has_builtin) && defined(__AVX512F__)
+#if __has_builtin(__builtin_shufflevector)
+#define PERFT_JOIN(n, d)                                                                                                      \
+  for (int i = 0; i < n; i++)                                                                                                 \
+    x[i] = __builtin_shufflevector(x[i], x[i + n], PERFT_LANES(PERFT_STAY, d)) +                                              \
+           __builtin_shufflevector(x[i], x[i + n], PERFT_LANES(PERFT_SWAP, d));
+#define PERFT_STAY(l, d) (((l) & (d)) ? 16 + (l) : (l))
+#define PERFT_SWAP(l, d) (((l) & (d)) ? 16 + ((l) ^ (d)) : (l) ^ (d))
+#define PERFT_LANES(f, d)                                                                                                     \
+  f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), f(8, d), f(9, d), f(10, d), f(11, d), f(12, d),     \
+      f(13, d), f(14, d), f(15, d)
+#pragma GCC unroll 8
+  PERFT_JOIN(8, 8)
+#pragma GCC unroll 4
+  PERFT_JOIN(4, 4)
+#pragma GCC unroll 2
+  PERFT_JOIN(2, 2)
+  PERFT_JOIN(1, 1)
+  return x[0];
+#undef PERFT_JOIN
+#undef PERFT_STAY
+#undef PERFT_SWAP
+#undef PERFT_LANES
+#endif
+#endif
+  f32x16 sums;
+  for (int i = 0; i < 16; i++) sums[i] = sum16(x[i]);
+  return sums;
+}
+
 INLINE f32x16 select16(u32x16 mask, f32x16 yes, f32x16 no) { return (f32x16)((mask & (u32x16)yes) | (~mask & (u32x16)no)); }
 
 /* e^x to 2 units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' coefficients). NaN stays NaN. */

@@ -1,7 +1,7 @@
 /* perft_kv_write and perft_paged_attention. Contract: perft_kernels/paged_attention.py.
  *
- * One task per (new token, KV head): its scores over the context, softmax, the weighted sum of the values, for the query heads
- * that share the KV head. Keys and values are read once per task, in the pages where they lie.
+ * One task per (new token, KV head): its scores over the context, sixteen keys at a time, softmax, the weighted sum of the
+ * values, for the query heads that share the KV head. Keys and values are read in the pages where they lie.
  */
 #include "common.h"
 
@@ -33,54 +33,114 @@ typedef struct {
   const float *sinks;
 } attention;
 
+/* Walks over the rows of a sequence, whichever pages they are in. */
+typedef struct {
+  const int64_t *page;
+  int64_t page_size, in_page;
+} walk;
+
+INLINE walk walk_from(const attention *a, int64_t b, int64_t position) {
+  return (walk){a->pages + b * a->max_pages + position / a->page_size, a->page_size, position % a->page_size};
+}
+
+INLINE int64_t next_row(walk *w) {
+  const int64_t row = *w->page * w->page_size + w->in_page;
+  if (++w->in_page == w->page_size) {
+    w->in_page = 0;
+    w->page++;
+  }
+  return row;
+}
+
+/* Dot products of a query with 16 keys; each an address of C numbers. */
+INLINE f32x16 dot_keys(const char *q, const char *const *key, int64_t C, const int type) {
+  f32x16 acc[16];
+#pragma GCC unroll 16
+  for (int s = 0; s < 16; s++) acc[s] = (f32x16){0};
+  int64_t c = 0;
+#ifdef __AVX512BF16__
+  if (type == BF16)
+    for (; c + 32 <= C; c += 32) {
+      const __m512bh x = (__m512bh)_mm512_loadu_si512(q + 2 * c);
+#pragma GCC unroll 16
+      for (int s = 0; s < 16; s++)
+        acc[s] = (f32x16)_mm512_dpbf16_ps((__m512)acc[s], (__m512bh)_mm512_loadu_si512(key[s] + 2 * c), x);
+    }
+#endif
+  for (; c < C; c += 16) {
+    const f32x16 x = load16(q, c, type);
+#pragma GCC unroll 16
+    for (int s = 0; s < 16; s++) acc[s] += x * load16(key[s], c, type);
+  }
+  return sums16(acc);
+}
+
+/* out[i] += score[i][s] * v[s] over `length` rows, for `nq` heads and `chunks` vectors from column `c` on; then / total[i]. */
+INLINE void add_values(const attention *a, const int type, const int nq, const int chunks, walk w, int64_t length, int64_t g,
+                       int64_t c, const float *scores, int64_t stride, const float *total, int64_t to) {
+  f32x16 acc[MAX_GROUP][4];
+#pragma GCC unroll 8
+  for (int i = 0; i < nq; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < chunks; j++) acc[i][j] = (f32x16){0};
+  for (int64_t s = 0; s < length; s++) {
+    const int64_t row = next_row(&w) * a->v_row + g * a->Cv + c;
+#pragma GCC unroll 4
+    for (int j = 0; j < chunks; j++) {
+      const f32x16 v = load16(a->v_pages, row + 16 * j, type);
+#pragma GCC unroll 8
+      for (int i = 0; i < nq; i++) acc[i][j] += v * scores[i * stride + s];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < nq; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < chunks; j++) store16(a->out, to + i * a->Cv + c + 16 * j, type, acc[i][j] / total[i]);
+}
+
 /* `nq` query heads of one token at `position` of sequence `b`, from head `first` on; all read KV head `g`. */
 INLINE void attend(const attention *a, const int type, const int nq, int64_t t, int64_t b, int64_t g, int64_t first,
                    int64_t position, float *scores) {
   const int64_t from = a->window && position + 1 > a->window ? position + 1 - a->window : 0, length = position + 1 - from;
-  const int64_t stride = (length + 15) / 16 * 16;
-  const int64_t *pages = a->pages + b * a->max_pages;
-  float q[MAX_GROUP][a->C];
-  float most[MAX_GROUP], total[MAX_GROUP];
-  for (int i = 0; i < nq; i++) {
-    to_float(a->q, t * a->q_token + (first + i) * a->q_head, a->C, type, q[i]);
-    most[i] = a->sinks ? a->sinks[first + i] : -INFINITY;
-  }
-  for (int64_t s = 0; s < length; s++) {
-    const int64_t at = from + s, row = pages[at / a->page_size] * a->page_size + at % a->page_size;
-    f32x16 acc[MAX_GROUP];
+  const int64_t stride = (length + 15) / 16 * 16, size = size_of(type);
+  const walk begin = walk_from(a, b, from);
+  f32x16 most[MAX_GROUP];
+  float total[MAX_GROUP];
 #pragma GCC unroll 8
-    for (int i = 0; i < nq; i++) acc[i] = (f32x16){0};
-    for (int64_t c = 0; c < a->C; c += 16) {
-      const f32x16 k = load16(a->k_pages, row * a->k_row + g * a->C + c, type);
-#pragma GCC unroll 8
-      for (int i = 0; i < nq; i++) acc[i] += k * *(const f32x16_any *)(q[i] + c);
-    }
-#pragma GCC unroll 8
+  for (int i = 0; i < nq; i++) most[i] = (f32x16){0} + (a->sinks ? a->sinks[first + i] : -INFINITY);
+  walk w = begin;
+  for (int64_t s = 0; s < length; s += 16) {
+    const char *key[16];
+    for (int j = 0; j < 16; j++) /* past the end the last one again, whose scores are not used */
+      key[j] = s + j < length ? (const char *)a->k_pages + (next_row(&w) * a->k_row + g * a->C) * size : key[j - 1];
     for (int i = 0; i < nq; i++) {
-      const float score = sum16(acc[i]) * a->scale;
-      scores[i * stride + s] = score;
-      most[i] = score > most[i] || score != score ? score : most[i]; /* NaN goes on: its sequence's result is NaN */
+      const char *q = (const char *)a->q + (t * a->q_token + (first + i) * a->q_head) * size;
+      f32x16 score = dot_keys(q, key, a->C, type) * a->scale;
+      for (int64_t j = length - s; j < 16; j++) score[j] = -INFINITY;
+      *(f32x16_any *)(scores + i * stride + s) = score;
+      const u32x16 higher = (u32x16)(score > most[i]) | (u32x16)(score != score); /* NaN goes on: the result is NaN */
+      most[i] = select16(higher, score, most[i]);
     }
   }
   for (int i = 0; i < nq; i++) {
-    total[i] = a->sinks ? expf(a->sinks[first + i] - most[i]) : 0.0f;
+    float highest = most[i][0];
+    for (int j = 1; j < 16; j++) highest = most[i][j] > highest || most[i][j] != most[i][j] ? most[i][j] : highest;
+    f32x16 sum = {0};
     float *score = scores + i * stride;
-    for (int64_t s = length; s < stride; s++) score[s] = -INFINITY; /* up to whole vectors; e to that is next to nothing ... */
-    for (int64_t s = 0; s < stride; s += 16) *(f32x16_any *)(score + s) = exp16(*(f32x16_any *)(score + s) - most[i]);
-    for (int64_t s = 0; s < length; s++) total[i] += score[s]; /* ... and is not counted */
-  }
-  for (int64_t c = 0; c < a->Cv; c += 16) {
-    f32x16 acc[MAX_GROUP];
-#pragma GCC unroll 8
-    for (int i = 0; i < nq; i++) acc[i] = (f32x16){0};
-    for (int64_t s = 0; s < length; s++) {
-      const int64_t at = from + s, row = pages[at / a->page_size] * a->page_size + at % a->page_size;
-      const f32x16 v = load16(a->v_pages, row * a->v_row + g * a->Cv + c, type);
-#pragma GCC unroll 8
-      for (int i = 0; i < nq; i++) acc[i] += v * scores[i * stride + s];
+    for (int64_t s = 0; s < stride; s += 16) {
+      f32x16 e = exp16(*(f32x16_any *)(score + s) - highest);
+      for (int64_t j = length - s; j < 16; j++) e[j] = 0.0f;
+      *(f32x16_any *)(score + s) = e;
+      sum += e;
     }
-    for (int i = 0; i < nq; i++) store16(a->out, (t * a->H + first + i) * a->Cv + c, type, acc[i] / total[i]);
+    total[i] = sum16(sum) + (a->sinks ? expf(a->sinks[first + i] - highest) : 0.0f);
   }
+  const int64_t to = (t * a->H + first) * a->Cv;
+  const int chunks = nq <= 4 ? 4 : 2; /* as many sums at once as there are registers */
+  int64_t c = 0;
+  for (; c + 16 * chunks <= a->Cv; c += 16 * chunks)
+    add_values(a, type, nq, chunks, begin, length, g, c, scores, stride, total, to);
+  for (; c < a->Cv; c += 16) add_values(a, type, nq, 1, begin, length, g, c, scores, stride, total, to);
 }
 
 /* seq [T]: the sequence of each new token, -1: leave it out; position [T]: where it stands in its sequence. */

@@ -20,6 +20,10 @@
 #define MAX_TOKENS 3 /* an accumulator of 16 floats takes two or four registers */
 #endif
 
+/* Input features to ask for ahead of their use, 8 KiB of a panel: with a few tokens the processor is busy with products, and its
+ * own guess comes too late. */
+#define AHEAD 128
+
 INLINE int64_t num_panels(int64_t N) { return (N + PANEL - 1) / PANEL; }
 
 INLINE void panel_tile(const int nt, const bf16 *const *x, const bf16 *panel, int64_t K, float (*out)[PANEL]) {
@@ -28,6 +32,8 @@ INLINE void panel_tile(const int nt, const bf16 *const *x, const bf16 *panel, in
 #pragma GCC unroll 12
   for (int t = 0; t < nt; t++) acc[t][0] = acc[t][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < K; k += 2) {
+    __builtin_prefetch(panel + (k + AHEAD) * PANEL);
+    __builtin_prefetch(panel + (k + AHEAD) * PANEL + PANEL);
     const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL);
     const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL + PANEL);
 #pragma GCC unroll 12
