@@ -18,6 +18,14 @@ _BLOCK = 32 * _HUGE_PAGE
 _ALIGNMENT = 64
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor in a block of its own; on another device than the CPU as torch makes it."""
+    if device.type != "cpu":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    size = torch.Size(shape)
+    return _block(size.numel() * dtype.itemsize).view(dtype).view(size)
+
+
 class HugePages:
     """Gives out tensors that lie side by side in a few large blocks; a block lives as long as one of its tensors."""
 

@@ -25,8 +25,8 @@ from perft.adapter import Adapter, is_finite
 from perft.config import PerftConfig
 from perft.errors import AdapterError
 from perft.moe import MoeBlock
+from perft_kernels import huge_pages
 from perft_kernels.adapter_router import KIND_ALL, KIND_EMBEDDED, KIND_ROUTED
-from perft_kernels.huge_pages import HugePages
 
 _KINDS = {"S": KIND_ALL, "D": KIND_ALL, "R": KIND_ROUTED, "E": KIND_EMBEDDED}
 # The tables have room for as many adapter experts as rows of rank 1 could make, but at the start for at most so many.
@@ -217,11 +217,7 @@ class AdapterArena:
         num_experts = min(max(num_rows // (2 * num_layers), 1), _MAX_FIRST_EXPERTS)
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
             # not zeroed: nobody reads a row that no adapter has, and on a CPU untouched memory costs nothing
-            self.rows_SD = (
-                HugePages().empty((num_rows, hidden_size), dtype)
-                if device.type == "cpu"
-                else torch.empty(num_rows, hidden_size, dtype=dtype, device=device)
-            )
+            self.rows_SD = huge_pages.empty((num_rows, hidden_size), dtype, device)
             self.rule_A6 = torch.zeros(num_experts, 6, dtype=torch.int64, device=device)
             self.gate_row_LA = torch.full((num_layers, num_experts), -1, dtype=torch.int64, device=device)
             self.down_row_LE = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from perft_kernels.argmax import argmax
 from perft_serve.engine.events import TokenLogprobs
 from perft_serve.engine.params import SamplingParams
 
@@ -33,9 +34,8 @@ def sample(logits_BV: Tensor, params: Sequence[SamplingParams], draws: Sequence[
     Returns:
         (token ids, whether each row's logits are free of NaN; the token of a row that is not has no meaning).
     """
-    best_B, tokens_B = logits_BV.max(dim=-1)
-    fine = (~best_B.isnan()).tolist()
-    tokens: list[int] = tokens_B.tolist()
+    tokens: list[int] = argmax(logits_BV).tolist()
+    fine = [token >= 0 for token in tokens]
     sampled = [i for i, p in enumerate(params) if not p.greedy and fine[i]]
     for choose, is_filtered in ((_from_all, False), (_from_likeliest, True)):
         rows = [i for i in sampled if _is_filtered(params[i]) == is_filtered]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from perft.moe import ExpertsWrapper, MoeBlock
+from perft_kernels import huge_pages
 from perft_kernels.adapter_router import adapter_router
 from perft_kernels.paged_attention import kv_write, paged_attention
 from perft_kernels.routed_units import routed_units
@@ -61,8 +62,7 @@ class KvCache:
             alike = [layer for layer, other in shapes.items() if other == shape]
             # not zeroed: pages are cleared when they are handed out, and on a CPU untouched memory costs nothing
             keys, values = (
-                torch.empty(len(alike), num_pages + 1, page_size, heads, dim, dtype=dtype, device=device)
-                for dim in dims
+                huge_pages.empty((len(alike), num_pages + 1, page_size, heads, dim), dtype, device) for dim in dims
             )
             self.layers |= {layer: (keys[i], values[i]) for i, layer in enumerate(alike)}
             self._pools += [keys, values]

@@ -1,4 +1,4 @@
-"""The base's own ops on a CPU (`linear`, `moe_experts`, `base_router`, `rms_norm`) against plain torch in float32."""
+"""The base's own ops on a CPU (`linear`, `moe_experts`, `base_router`, `rms_norm`, `argmax`) against plain torch in float32."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perft_kernels.argmax import argmax
 from perft_kernels.base_router import base_router
 from perft_kernels.huge_pages import HugePages
 from perft_kernels.linear import from_panels, linear, to_panels
@@ -129,6 +130,19 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
     assert relative_error(rms_norm(x, weight, 1e-6), want) < TOLERANCE
 
 
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000])
+def test_argmax(length: int) -> None:
+    x = torch.randn(9, length, generator=torch.Generator().manual_seed(length))
+    x[1] = -float("inf")
+    x[2, length // 2 :] = x[2].max() + 1  # the first of equals
+    x[3, -1] = float("nan")
+    x[4, 0] = float("inf")
+    want = x.max(-1).indices
+    want[3] = -1
+    assert torch.equal(argmax(x), want)
+    assert argmax(x[:0]).shape == (0,)
+
+
 def test_ops_are_well_formed() -> None:
     h, ids, weights, gate_up, down = make(3, 4, 2, 32, 32)
     tests = ("test_schema", "test_faketensor")
@@ -136,5 +150,6 @@ def test_ops_are_well_formed() -> None:
         moe_experts.op, (h, ids, weights, *expert_panels(gate_up, down, HugePages())), test_utils=tests
     )
     torch.library.opcheck(base_router.op, (h, random(4, 32), 2, True), test_utils=tests)
+    torch.library.opcheck(argmax.op, (h.float(),), test_utils=tests)
     torch.library.opcheck(rms_norm.op, (h, random(32), 1e-6), test_utils=tests)
     torch.library.opcheck(linear.op, (h, to_panels(gate_up[0], HugePages()), None, 64), test_utils=tests)

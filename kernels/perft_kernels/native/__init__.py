@@ -42,6 +42,7 @@ _SIGNATURES = {
     "perft_routed_units": "pplppppl" + "ppppp" + "p" + "llll",
     "perft_kv_write": "pllpllppp" + "llll",
     "perft_paged_attention": "pllppl" + "ppppp" + "lllllll" + "fl",
+    "perft_argmax": "ppll",
     "perft_elementwise": "l" + "plplpl" + "llll" * 4,
     "perft_run": "pl",
 }
