@@ -25,6 +25,7 @@ from perft_kernels.native import ELEMENT_TYPES, Argument, Library
 
 _ALIGNMENT = 64
 _DIMS = 4  # as in elementwise.c
+_TYPES = {**ELEMENT_TYPES, torch.int64: 2}  # as in elementwise.c
 _COPY, _NEGATE, _ADD, _SUBTRACT, _MULTIPLY = range(5)
 
 aten = torch.ops.aten
@@ -202,6 +203,15 @@ class _Recorder(TorchDispatchMode):
                 b = torch.tensor([b])
             if all(isinstance(x, Tensor) and x.dim() for x in (a, b)):
                 return self._elementwise([(_BINARY[func], result, a, b)])
+        if func is aten.embedding.default:
+            return self._gather(result, args[0], args[1])
+        if func is aten.index.Tensor and args[0].dim() > len(args[1]) - 1:
+            # only axes of size 1 before the indexed one: rows of a table
+            *before, index = args[1]
+            is_table = not any(each is not None for each in before) and all(
+                n == 1 for n in args[0].shape[: len(before)]
+            )
+            return is_table and index is not None and self._gather(result, args[0], index)
         if func is aten.reshape.default:
             return self._elementwise([(_COPY, result.view(args[0].shape), args[0], args[0])])
         if func is aten.copy_.default:
@@ -214,18 +224,28 @@ class _Recorder(TorchDispatchMode):
             return self._elementwise(parts)
         return False
 
+    def _gather(self, out: Tensor, table: Tensor, index: Tensor) -> bool:
+        """Notes the copying of rows, if they and their numbers lie in order. Numbers out of range are the caller's bug."""
+        is_for_kernel = index.dtype == torch.int64 and all(
+            t.is_contiguous() and t.device.type == "cpu" for t in (out, table, index)
+        )
+        if is_for_kernel and index.numel():
+            row_bytes = out.nbytes // index.numel()
+            self.kernel_called("perft_gather", (out, table, index, index.numel(), row_bytes))
+        return is_for_kernel
+
     def _elementwise(self, operations: Sequence[tuple[int, Tensor, Tensor, Tensor]]) -> bool:
         """Notes all of these (operation, out, a, b), or none of them if one is not for the kernel."""
         calls = []
         for operation, *tensors in operations:
-            dims = _common_dims(tensors) if all(_is_element(t) for t in tensors) else None
+            dims = _common_dims(tensors) if _are_elements(*tensors) else None
             if dims is None:
                 return False
             calls.append((operation, tensors, dims))
         for operation, tensors, dims in calls:
             arguments: list[Argument] = [operation]
             for tensor in tensors:
-                arguments += [tensor, ELEMENT_TYPES[tensor.dtype]]
+                arguments += [tensor, _TYPES[tensor.dtype]]
             for column in zip(*dims, strict=True):
                 arguments += column
             self.kernel_called("perft_elementwise", tuple(arguments))
@@ -263,8 +283,9 @@ class _BoundCall:
 
     def run(self) -> None:
         """Call, and put what comes back in its place."""
-        made = [leaf for leaf in tree_leaves(self.function(*self.args, **self.kwargs)) if isinstance(leaf, Tensor)]
-        for place, tensor in zip(self.results, made, strict=True):
+        made = self.function(*self.args, **self.kwargs)
+        tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+        for place, tensor in zip(self.results, tensors, strict=True):
             if place is not None:
                 place.copy_(tensor)
 
@@ -399,7 +420,7 @@ def _assign_offsets(scratches: list[_Scratch]) -> int:
 
 
 def _common_dims(tensors: Sequence[Tensor]) -> list[tuple[int, ...]] | None:
-    """(size, stride of each tensor) by dimension, outermost first, as few as can be, then 1s in front up to four.
+    """(size, stride of each tensor) by dimension, outermost first: as few as can be, and 1s up to four.
 
     The first tensor's shape is everybody's. `None`: there are more.
     """
@@ -413,8 +434,11 @@ def _common_dims(tensors: Sequence[Tensor]) -> list[tuple[int, ...]] | None:
             dims[-1] = (dims[-1][0] * size, *steps)
         else:
             dims.append((size, *steps))
-    missing = _DIMS - len(dims)
-    return None if missing < 0 else [(1,) + (0,) * len(tensors)] * missing + dims
+    if len(dims) > _DIMS:
+        return None
+    if len(dims) > 1:  # the outer dimensions are shared out among threads
+        dims = [dims[0], *[(1,) + (0,) * len(tensors)] * (_DIMS - len(dims)), *dims[1:]]
+    return [(1,) + (0,) * len(tensors)] * (_DIMS - len(dims)) + dims
 
 
 def _is_gather(func: Any, args: Sequence[Any]) -> bool:
@@ -427,8 +451,12 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def _is_element(tensor: Tensor) -> bool:
-    return tensor.dtype in ELEMENT_TYPES and tensor.device.type == "cpu"
+def _are_elements(out: Tensor, *inputs: Tensor) -> bool:
+    return (
+        all(tensor.dtype in _TYPES and tensor.device.type == "cpu" for tensor in (out, *inputs))
+        and out.dtype != torch.int64
+        and (out.dtype == torch.float32 or inputs[0].dtype != torch.int64)  # torch rounds integers once, we would twice
+    )
 
 
 def _address(tensor: Tensor) -> int:

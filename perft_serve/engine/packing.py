@@ -1,17 +1,19 @@
 """The base's weights in the layout of the CPU kernels (`perft_kernels.linear`, `perft_kernels.moe_experts`).
 
-In: a bfloat16 model on a CPU. Out: the same model, whose linear layers and experts hold panels instead of their weights, and
-whose routers and norms are one operation each. Experts, routers and norms are recognised by what they compute: a replacement is
-tried on random input beside the original, and what does not agree (another activation, biases, another rule) stays as
-Transformers has it. It knows no family of models.
+In: a bfloat16 model on a CPU. Out: the same model, whose linear layers and experts hold panels instead of their weights,
+whose routers and norms are one operation each, and whose rotary embeddings are looked up. Experts, routers and norms are
+recognised by what they compute: a replacement is tried on random input beside the original, and what does not agree (another
+activation, biases, another rule) stays as Transformers has it. It knows no family of models.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 # As relative error against the original; bfloat16 rounds the original's intermediate results at other places.
 _TOLERANCE = 0.02
+# A table of rotary embeddings for so many positions takes 16 to 64 MB; for more they are computed.
+_MAX_POSITIONS = 1 << 17
 # Below so many rows a panel of 32 is mostly padding.
 _MIN_ROWS = 16
 
@@ -92,6 +96,19 @@ class OneOpNorm(nn.Module):
         return rms_norm(x, self.weight, self._epsilon)  # type: ignore[arg-type]
 
 
+class RotaryTable(nn.Module):
+    """Rotary embeddings, looked up rather than computed: the original's own, for every position that there can be."""
+
+    def __init__(self, cos_PC: Tensor, sin_PC: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cos", cos_PC, persistent=False)
+        self.register_buffer("sin", sin_PC, persistent=False)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), `[1, T, C]` each, as the original."""
+        return F.embedding(position_ids, self.cos), F.embedding(position_ids, self.sin)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def pack(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> None:
     """Replace what the CPU kernels can compute, in place; does nothing to a model that they are not for."""
@@ -102,8 +119,8 @@ def pack(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and _fits(module.weight) and module.out_features >= _MIN_ROWS:
             _set(model, name, PanelLinear(module, memory))
-        elif (one_op := _one_op_norm(module) or _one_op_router(module)) is not None:
-            _set(model, name, one_op)
+        elif (other := _one_op_norm(module) or _one_op_router(module) or _rotary_table(module, model)) is not None:
+            _set(model, name, other)
     if kept:
         logger.info("base experts that run as Transformers has them: %s", ", ".join(kept))
 
@@ -163,6 +180,21 @@ def _one_op_router(module: nn.Module) -> nn.Module | None:
         if follows_rule and found[0].dtype == logits_TN.dtype and _agree(found[0], logits_TN):
             return one_op
     return None
+
+
+def _rotary_table(module: nn.Module, model: PreTrainedModel) -> nn.Module | None:
+    num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not type(module).__name__.endswith("RotaryEmbedding") or not isinstance(num_positions, int):
+        return None
+    takes_positions = [*inspect.signature(module.forward).parameters] == ["x", "position_ids"]
+    if not takes_positions or num_positions > _MAX_POSITIONS:
+        return None
+    found = module(torch.zeros(1, 1, 1, dtype=model.dtype), torch.arange(num_positions).unsqueeze(0))
+    if not (isinstance(found, tuple) and len(found) == 2):
+        return None
+    if not all(isinstance(t, Tensor) and t.dim() == 3 and t.dtype == model.dtype for t in found):
+        return None
+    return RotaryTable(found[0][0].contiguous(), found[1][0].contiguous())
 
 
 def _random(*shape: int) -> Tensor:

@@ -61,8 +61,6 @@ BASES: dict[str, tuple[PreTrainedConfig, bool]] = {
         False,
     ),
 }
-# Operations outside of the layers: embedding, rotary angles, the rows whose logits are wanted.
-MAX_TORCH_CALLS = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,7 +121,7 @@ def test_programs_change_no_bit(base: Base, family: str) -> None:
     made = programs._programs
     assert len(made) > len(requests) // 2, "as batches shrink, each size has its program"
     num_torch_calls = max(program.num_torch_calls for program in made.values())
-    assert (num_torch_calls <= MAX_TORCH_CALLS) == BASES[family][1]
+    assert (num_torch_calls == 0) == BASES[family][1], "of some only the attention and the linears are kernels"
     assert everything(run(engine, requests)) == everything(got), "now all programs are there"
 
 

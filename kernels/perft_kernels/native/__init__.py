@@ -44,6 +44,7 @@ _SIGNATURES = {
     "perft_paged_attention": "pllppl" + "ppppp" + "lllllll" + "fl",
     "perft_argmax": "ppll",
     "perft_elementwise": "l" + "plplpl" + "llll" * 4,
+    "perft_gather": "pppll",
     "perft_run": "pl",
 }
 _WORDS = {"p": "Q", "l": "q", "f": "f4x"}
