@@ -146,7 +146,7 @@ class Runner:
         seqs = [chunk.seq for chunk, _ in sampled]
         draws = [uniform(seq.seed, seq.request.choice, len(seq.token_ids)) for seq in seqs]
         tokens, fine = sample(logits_BV, [seq.request.params for seq in seqs], draws)
-        wanted = [i for i, seq in enumerate(seqs) if seq.request.params.logprobs is not None]
+        wanted = [i for i, seq in enumerate(seqs) if fine[i] and seq.request.params.logprobs is not None]
         logprobs: dict[int, Any] = {}
         if wanted:
             num_top = [seqs[i].request.params.logprobs or 0 for i in wanted]

@@ -46,9 +46,14 @@ INLINE void route(const void *h, int64_t h_type, const int64_t *base_ids, const 
       }
     } else if (gate_row[adapter[t]] >= 0 && k <= X && k <= M) {
       float x[D], logits[M];
-      const float *const rows[1] = {x};
-      to_float(h, t * D, D, h_type, x);
-      dots(gate, gate_row[adapter[t]], M, D, gate_type, rows, 1, logits, M);
+      if (h_type == BF16 && gate_type == BF16) {
+        const bf16 *const rows[1] = {(const bf16 *)h + t * D}, *own = (const bf16 *)gate + gate_row[adapter[t]] * D;
+        bf16_dots(own, own, M, D, rows, 1, logits, M);
+      } else {
+        const float *const rows[1] = {x};
+        to_float(h, t * D, D, h_type, x);
+        dots(gate, gate_row[adapter[t]], M, D, gate_type, rows, 1, logits, M);
+      }
       choose(logits, M, k, rule[NORM] && !rule[BASE_RANK], id, weight);
       if (rule[BASE_RANK]) largest(base_weights + t * K, K, MIN(k, K), weight);
       for (int64_t i = 0; i < k; i++) id[i] += rule[FIRST_EXPERT];

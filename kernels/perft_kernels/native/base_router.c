@@ -6,10 +6,10 @@ static void base_router(const bf16 *h, const bf16 *weight, bf16 *logits, float *
 #pragma omp parallel for schedule(static) if (T * N * D > 65536)
   for (int64_t first = 0; first < T; first += 4) {
     const int nt = (int)MIN(T - first, 4);
-    float x[4][D], scores[4][N];
-    const float *const rows[4] = {x[0], x[1], x[2], x[3]};
-    for (int t = 0; t < nt; t++) to_float(h, (first + t) * D, D, BF16, x[t]);
-    dots(weight, 0, N, D, BF16, rows, nt, scores[0], N);
+    float scores[4][N];
+    const bf16 *rows[4] = {0};
+    for (int t = 0; t < nt; t++) rows[t] = h + (first + t) * D;
+    bf16_dots(weight, weight, N, D, rows, nt, scores[0], N);
     for (int t = 0; t < nt; t++) {
       for (int64_t n = 0; n < N; n++) {
         logits[(first + t) * N + n] = bf16_of(scores[t][n]);

@@ -212,6 +212,65 @@ INLINE void dots(const void *pool, int64_t first_row, int64_t num_rows, int64_t 
   }
 }
 
+/* The same for bf16 rows and bf16 tokens. Asks for the rows at `ahead`, as many and as long, while it works. */
+INLINE void bf16_tile(const int nr, const int nt, const bf16 *rows, const bf16 *ahead, int64_t D, const bf16 *const *x,
+                      float *out, int64_t out_stride) {
+  f32x16 acc[8][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < nr; r++)
+#pragma GCC unroll 4
+    for (int t = 0; t < nt; t++) acc[r][t] = (f32x16){0};
+  int64_t d = 0;
+#ifdef __AVX512BF16__
+  for (; d + 32 <= D; d += 32) {
+    __m512bh v[4];
+#pragma GCC unroll 4
+    for (int t = 0; t < nt; t++) v[t] = (__m512bh)_mm512_loadu_si512(x[t] + d);
+#pragma GCC unroll 8
+    for (int r = 0; r < nr; r++) {
+      const __m512bh row = (__m512bh)_mm512_loadu_si512(rows + r * D + d);
+      __builtin_prefetch(ahead + r * D + d, 0, 2);
+#pragma GCC unroll 4
+      for (int t = 0; t < nt; t++) acc[r][t] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][t], row, v[t]);
+    }
+  }
+#endif
+  for (; d < D; d += 16) {
+    f32x16 v[4];
+#pragma GCC unroll 4
+    for (int t = 0; t < nt; t++) v[t] = load16(x[t], d, BF16);
+#pragma GCC unroll 8
+    for (int r = 0; r < nr; r++) {
+      const f32x16 row = load16(rows, r * D + d, BF16);
+      if (d % 32 == 0) __builtin_prefetch(ahead + r * D + d, 0, 2);
+#pragma GCC unroll 4
+      for (int t = 0; t < nt; t++) acc[r][t] += row * v[t];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < nr; r++)
+#pragma GCC unroll 4
+    for (int t = 0; t < nt; t++) out[t * out_stride + r] = sum16(acc[r][t]);
+}
+
+/* Dot products of `num_rows` bf16 rows with up to four bf16 tokens; a row's sum does not depend on how many. */
+INLINE void bf16_dots(const bf16 *rows, const bf16 *ahead, int64_t num_rows, int64_t D, const bf16 *const *x, int nt, float *out,
+                      int64_t out_stride) {
+  int64_t r = 0;
+  if (nt == 1) /* sums enough to hide how long one takes */
+    for (; r + 8 <= num_rows; r += 8) bf16_tile(8, 1, rows + r * D, ahead + r * D, D, x, out + r, out_stride);
+  while (r < num_rows) {
+    const int nr = num_rows - r >= 4 ? 4 : 1;
+#define PERFT_TILE(R, T) \
+  if (nr == R && nt == T) bf16_tile(R, T, rows + r * D, ahead + r * D, D, x, out + r, out_stride);
+#define PERFT_TILES(R) PERFT_TILE(R, 1) PERFT_TILE(R, 2) PERFT_TILE(R, 3) PERFT_TILE(R, 4)
+    PERFT_TILES(4) PERFT_TILES(1)
+#undef PERFT_TILES
+#undef PERFT_TILE
+    r += nr;
+  }
+}
+
 /* softmax(logits)'s `k` largest, likeliest first; the first of equals first. */
 static inline void choose(const float *logits, int64_t M, int64_t k, int norm, int64_t *local, float *weight) {
   float most = logits[0], total = 0.0f, chosen = 0.0f;

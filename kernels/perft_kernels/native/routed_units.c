@@ -61,20 +61,30 @@ static int make_plan(const int64_t *ids, int64_t TX, const int64_t *rank, int64_
   return 0;
 }
 
-/* sum += coefficient[r] * row r, one row after the other for each column; four at a time, to touch `sum` less often. */
-INLINE void add_rows(const void *pool, int64_t first_row, int64_t num_rows, int64_t D, int type, const float *coefficient,
-                     float *sum) {
-  int64_t r = 0;
-  for (; r + 4 <= num_rows; r += 4)
-    for (int64_t d = 0; d < D; d += 16) {
-      f32x16 acc = *(f32x16_any *)(sum + d);
+/* sum += coefficient[r] * row r, one row after the other for each column. Asks for the rows at `ahead` while it works. */
+INLINE void add_rows(const void *pool, int64_t first_row, int64_t ahead_row, int64_t num_rows, int64_t D, int type,
+                     const float *coefficient, float *sum) {
+  const char *ahead = (const char *)pool + ahead_row * D * size_of(type);
+  int64_t d = 0;
+  for (; d + 64 <= D; d += 64) {
+    f32x16 acc[4];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) acc += coefficient[r + j] * load16(pool, (first_row + r + j) * D + d, type);
-      *(f32x16_any *)(sum + d) = acc;
+    for (int j = 0; j < 4; j++) acc[j] = *(f32x16_any *)(sum + d + 16 * j);
+    for (int64_t r = 0; r < num_rows; r++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        if (j % (type == BF16 ? 2 : 1) == 0) __builtin_prefetch(ahead + (r * D + d + 16 * j) * size_of(type), 0, 2);
+        acc[j] += coefficient[r] * load16(pool, (first_row + r) * D + d + 16 * j, type);
+      }
     }
-  for (; r < num_rows; r++)
-    for (int64_t d = 0; d < D; d += 16)
-      *(f32x16_any *)(sum + d) += coefficient[r] * load16(pool, (first_row + r) * D + d, type);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) *(f32x16_any *)(sum + d + 16 * j) = acc[j];
+  }
+  for (; d < D; d += 16) {
+    f32x16 acc = *(f32x16_any *)(sum + d);
+    for (int64_t r = 0; r < num_rows; r++) acc += coefficient[r] * load16(pool, (first_row + r) * D + d, type);
+    *(f32x16_any *)(sum + d) = acc;
+  }
 }
 
 typedef struct {
@@ -86,13 +96,25 @@ typedef struct {
   int64_t T, D, X;
 } operands;
 
-/* Coefficients of up to four pairs of one adapter expert. */
-INLINE void coefficients(const plan *p, const operands *o, const int32_t *pair, int nt, int type, int pool_type) {
+/* The adapter expert of pair `i`, or of pair `other` if `i` is none: whose rows to ask for ahead. */
+INLINE int64_t expert_of(const plan *p, const operands *o, int64_t i, int64_t other) {
+  return o->ids[i < o->T * o->X && p->start[i] >= 0 ? i : other];
+}
+
+/* Coefficients of up to four pairs of one adapter expert; the rows of pair `ahead` are asked for. */
+INLINE void coefficients(const plan *p, const operands *o, const int32_t *pair, int nt, int64_t ahead, int type, int pool_type) {
   const int64_t e = o->ids[pair[0]], R = o->rank[e], D = o->D;
-  float x[4][D], z[4][R];
-  const float *const rows[4] = {x[0], x[1], x[2], x[3]};
-  for (int t = 0; t < nt; t++) to_float(o->h, pair[t] / o->X * D, D, type, x[t]);
-  dots(o->down, o->down_row[e], R, D, pool_type, rows, nt, z[0], R);
+  float z[4][R];
+  if (type == BF16 && pool_type == BF16) {
+    const bf16 *rows[4] = {0}, *pool = o->down;
+    for (int t = 0; t < nt; t++) rows[t] = (const bf16 *)o->h + pair[t] / o->X * D;
+    bf16_dots(pool + o->down_row[e] * D, pool + o->down_row[expert_of(p, o, ahead, pair[0])] * D, R, D, rows, nt, z[0], R);
+  } else {
+    float x[4][D];
+    const float *const rows[4] = {x[0], x[1], x[2], x[3]};
+    for (int t = 0; t < nt; t++) to_float(o->h, pair[t] / o->X * D, D, type, x[t]);
+    dots(o->down, o->down_row[e], R, D, pool_type, rows, nt, z[0], R);
+  }
   for (int t = 0; t < nt; t++) {
     const float factor = o->weights[pair[t]] * o->scale[e];
     float *coefficient = p->coefficient + p->start[pair[t]];
@@ -100,13 +122,16 @@ INLINE void coefficients(const plan *p, const operands *o, const int32_t *pair, 
   }
 }
 
-/* out[t] = y[t] + the up rows of its pairs, times their coefficients. */
-INLINE void add_units(const plan *p, const operands *o, int64_t t, int type, int pool_type) {
+/* out[t] = y[t] + the up rows of its pairs, times their coefficients; the rows of token `ahead` are asked for. */
+INLINE void add_units(const plan *p, const operands *o, int64_t t, int64_t ahead, int type, int pool_type) {
   float sum[o->D];
   to_float(o->y, t * o->D, o->D, type, sum);
   for (int64_t i = t * o->X; i < (t + 1) * o->X; i++)
-    if (p->start[i] >= 0)
-      add_rows(o->up, o->up_row[o->ids[i]], o->rank[o->ids[i]], o->D, pool_type, p->coefficient + p->start[i], sum);
+    if (p->start[i] >= 0) {
+      const int64_t next = expert_of(p, o, i + (ahead - t) * o->X, i);
+      add_rows(o->up, o->up_row[o->ids[i]], o->up_row[next], o->rank[o->ids[i]], o->D, pool_type, p->coefficient + p->start[i],
+               sum);
+    }
   for (int64_t d = 0; d < o->D; d += 16) store16(o->out, t * o->D + d, type, *(f32x16_any *)(sum + d));
 }
 
@@ -125,20 +150,19 @@ INLINE void run(const plan *p, const operands *o, int type, int pool_type) {
     if (shared) {
 #pragma omp for schedule(dynamic, 2)
       for (int64_t i = 0; i < p->num_tiles; i++)
-        coefficients(p, o, p->pair + p->tile[i], p->tile[i + 1] - p->tile[i], type, pool_type);
+        coefficients(p, o, p->pair + p->tile[i], p->tile[i + 1] - p->tile[i], p->pair[p->tile[i]], type, pool_type);
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < o->T; t++) add_units(p, o, t, type, pool_type);
+      for (int64_t t = 0; t < o->T; t++) add_units(p, o, t, t, type, pool_type);
     } else { /* one pass; the rows of a thread's next token come while it computes this one's */
       const int num_threads = omp_get_num_threads();
       prefetch_units(p, o, omp_get_thread_num(), pool_type);
       for (int64_t t = omp_get_thread_num(); t < o->T; t += num_threads) {
-        prefetch_units(p, o, t + num_threads, pool_type);
         for (int64_t i = t * o->X; i < (t + 1) * o->X; i++)
           if (p->start[i] >= 0) {
             const int32_t pair = (int32_t)i;
-            coefficients(p, o, &pair, 1, type, pool_type);
+            coefficients(p, o, &pair, 1, i + num_threads * o->X, type, pool_type);
           }
-        add_units(p, o, t, type, pool_type);
+        add_units(p, o, t, t + num_threads, type, pool_type);
       }
     }
   }
