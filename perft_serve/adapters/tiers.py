@@ -76,7 +76,8 @@ class Tiers:
     Args:
         arena: the device memory; nobody else loads into it.
         host_bytes: size of the host tier.
-        on_move: called when a content has come to, or gone from, the arena, or is in no tier any more.
+        on_move: called when a content has come to, or gone from, the arena, or is not on its way any more, or is in no tier
+            any more.
 
     Attributes:
         num_resident: contents in the arena.
@@ -198,8 +199,9 @@ class Tiers:
         pinned_rows = self._pinned_rows - (content.num_rows if content.num_pins else 0)
         if pinned_rows + content.num_rows > self._arena.num_rows:
             raise AdapterError(f"there is no room for it: {self._numbers(content)} are pinned")
+        is_asked_first = content.digest not in self._incoming
         if self._grant(content):
-            self._advance()
+            self._advance(content if is_asked_first else None)
         if content.is_resident:
             return None
         if content.digest in self._incoming:
@@ -315,14 +317,22 @@ class Tiers:
         self.num_evictions += 1
         self._leave_arena(next(iter(self._idle.values())))
 
-    def _advance(self) -> None:
-        """Wipe and copy for as long as this step's share lasts."""
+    def _advance(self, asker: Content | None = None) -> None:
+        """Wipe and copy for as long as this step's share lasts.
+
+        Args:
+            asker: who has been granted room just now. Whether it keeps it is the answer to its own asking, and nobody else
+                has been told that it is on its way.
+        """
         self._wipe()
         for content in list(self._incoming.values()):
             if self._budget <= 0:
                 break
             if self._place(content):
                 self._copy(content)
+            elif content.digest not in self._incoming and content is not asker:
+                # who waits for its arrival, or for the room that it was granted, would wait for ever
+                self._on_move(content)
         self.trim_host()
 
     def _wipe(self) -> None:

@@ -121,7 +121,9 @@ class Engine:
             self._scheduler.roll_back(plan)
             raise
         self._num_steps += bool(plan.chunks)
-        return self._scheduler.commit(plan, results)
+        events = self._scheduler.commit(plan, results)
+        self._take_updates()  # asking for one adapter moves others, and who waits for those must find out without a step
+        return events
 
     def has_work(self) -> bool:
         """Whether `step` would do something now. If not, nobody waits, or all that wait do so for adapters being read."""
@@ -151,6 +153,7 @@ class Engine:
             AdapterError: it cannot be pinned.
         """
         self._adapters.warm(ref, pin)
+        self._take_updates()
 
     def retire(self, name: str, up_to_version: int, force: bool = False) -> None:
         """Drop these versions of an adapter as soon as no request in flight is on them; with `force`, end those requests.
@@ -161,6 +164,7 @@ class Engine:
             self._deleted[name] = max(up_to_version, self._deleted.get(name, 0))
             self._scheduler.delete_adapter(name, up_to_version, _was_deleted(name))
         self._adapters.retire(name, up_to_version)
+        self._take_updates()
 
     def adapter_updates(self) -> list[AdapterStatus]:
         """The adapters that have changed since the last call, as they are now."""

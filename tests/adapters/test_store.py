@@ -191,6 +191,36 @@ def test_copying_is_bounded_between_two_polls(
         d.end(lease)
 
 
+def test_who_waits_for_a_copy_is_told_that_it_was_given_up(
+    driven: Callable[..., Driven], make_ref: MakeRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room was set aside, but when it is wiped it lies in pieces too small: whoever was told to wait for it must ask again."""
+    monkeypatch.setattr(tiers_module, "COPY_BYTES_PER_STEP", 12 * ROW)
+    d = driven(4 * 12 + 2)
+    leases = {name: d.run(make_ref(name, "s-last")) for name in "abcd"}
+    d.end(leases["a"])
+    d.end(leases["c"])
+    wide, twin = make_ref("wide", "s-wide", seed=7), make_ref("twin", "s-wide", seed=7)
+    for ref in (wide, twin):
+        d.store.enter(ref)
+        d.settle()
+    assert d.store.acquire(wide) is Hold.LOADING
+    assert d.store.acquire(twin) is Hold.LOADING
+    d.look()
+    d.mirror.clear()
+    d.settle()
+    assert d.mirror.keys() == {("wide", 1), ("twin", 1)}
+    assert d.store.acquire(wide) is Hold.NO_ROOM
+    assert d.store.acquire(twin) is Hold.NO_ROOM
+    assert d.store.updates() == [], "or each would have the other ask for ever"
+    d.end(leases["b"])
+    assert d.store.acquire(wide) is Hold.LOADING
+    d.settle()
+    lease = d.store.acquire(wide)
+    assert isinstance(lease, Lease)
+    assert_right(d, lease)
+
+
 def test_a_failed_load_fails_its_requests_and_the_next_request_tries_again(
     driven: Callable[..., Driven], make_ref: MakeRef
 ) -> None:

@@ -287,6 +287,21 @@ def test_warm_and_pin(mixtral: Served, crowd: dict[str, AdapterRef]) -> None:
     engine.close()
 
 
+def test_what_a_step_has_changed_is_known_to_the_next_one(mixtral: Served, crowd: dict[str, AdapterRef]) -> None:
+    """Asking for one adapter goes on with copying others: who waits for those is to be looked at though nothing else is."""
+    engine = bare_engine(mixtral)
+    outputs = {name: Output() for name in crowd}
+    for name, ref in crowd.items():
+        engine.submit(request(name, [1, 2, 3], ref))
+    while not all(output.finish_reason for output in outputs.values()):
+        step(engine, outputs)
+        assert engine._adapters.updates() == []
+    engine.warm(AdapterRef(name="c0", source="/nowhere", version=2))
+    engine.retire("c0", 1)
+    assert engine._adapters.updates() == []
+    engine.close()
+
+
 def test_values_that_overflow_the_served_dtype(mixtral: Served, tmp_path: Path) -> None:
     """An adapter whose values do not fit the served dtype is refused instead of served as infinity."""
     source = random_adapter(tmp_path, PerftConfig(variant="S", r=2), find_moe_blocks(tiny_model("mixtral")))
