@@ -2,7 +2,9 @@
 
 First come, first served, within a budget of tokens a step. Decoding requests go first, one token each; what is left of the
 budget goes to prefill, in chunks if need be. When pages run out, the youngest running request gives its own back. Among the
-waiting, those whose adapters are resident go first, but nobody is passed over more than `MAX_PASSED_OVER` times.
+waiting, those whose adapters are resident, or who need none, go first, but nobody is passed over more than `MAX_PASSED_OVER`
+times: then it asks for room before anybody else starts, and until it has its adapter nobody starts who came later and needs
+one. Those on the base go on, for they take no room.
 
 A `WaitingOrder` is where a fair order between tenants goes: it is told who waits (`EngineRequest.tenant` says whose it is),
 is asked who is next, and learns how many tokens each step computes for whom.
@@ -16,9 +18,10 @@ from typing import Protocol
 
 from perft_serve.engine.sequence import Sequence
 
-# How many later arrivals may start before a request that waits for room in the arena. Each time the bound is reached, the
-# requests running on adapters are left to finish until there is room, and the batch runs half empty meanwhile: that must be
-# rare beside the requests served. At the same time it is what a rare adapter waits at the most: a batch or two of requests.
+# How many later arrivals, on adapters or on the base, may start before a request that waits for room in the arena. Each time
+# the bound is reached, the requests running on adapters are left to finish until there is room, and the batch runs half empty
+# meanwhile: that must be rare beside the requests served. At the same time it is what a rare adapter waits at the most: a
+# batch or two of requests.
 MAX_PASSED_OVER = 64
 
 

@@ -422,6 +422,7 @@ class Scheduler:
         ref = seq.request.adapter
         if ref is None:
             seq.root = root_hash(scope=seq.request.cache_scope, base_digest=self._base_digest, adapter_digest="")
+            self._pass_over(seq.number)
             return True
         if gate is not None and seq.number > gate:
             self._held_back.add(seq)
@@ -474,10 +475,10 @@ class Scheduler:
         return answer
 
     def _pass_over(self, number: int) -> None:
-        """Arrival `number` starts on its adapter: those that came before it and wait for room are passed over."""
+        """Arrival `number` starts: those that came before it and wait for room are passed over."""
         for key, parked in self._parked.items():
             if parked.has_no_room and parked.head.number < number:
-                parked.head.passed_over += 1
+                parked.head.passed_over = min(parked.head.passed_over + 1, MAX_PASSED_OVER)
                 if parked.head.passed_over >= MAX_PASSED_OVER:
                     self._overdue[key] = parked
 

@@ -91,6 +91,26 @@ def test_nobody_is_passed_over_too_often(sizes: dict[str, int]) -> None:
     world.assert_empty()
 
 
+def test_the_base_passes_over_as_well() -> None:
+    """There is room, but for a request on the base there is always a seat first: the bound holds for these too."""
+    world = World(max_num_seqs=2, adapters=FakeAdapters(room=1, host=("x", "rare")))
+    world.add("x", 3, adapter="x", max_tokens=3)
+    world.step()
+    world.step()
+    rare = world.add("rare", 3, adapter="rare", max_tokens=3)
+    for i in range(20):
+        world.add(f"early{i}", 3, max_tokens=3)
+    started: list[str] = []
+    for i in range(1000):
+        world.add(f"base{i}", 3, max_tokens=3)
+        started += [name for name, num_tokens in world.shape().items() if num_tokens == 3]
+        if "rare" in started:
+            break
+    assert started[-1] == "rare"
+    assert rare.passed_over == MAX_PASSED_OVER
+    assert len(started) - 1 <= MAX_PASSED_OVER + 2, "and those that started while it was being copied"
+
+
 def test_everybody_is_served_however_little_room_there_is() -> None:
     """Adapters of unlike sizes, pages for two requests, arrivals all the time: each request ends, in bounded time."""
     for seed in range(20):
