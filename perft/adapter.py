@@ -27,7 +27,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from perft.config import PerftConfig
-from perft.errors import AdapterError, PerftError
+from perft.errors import AdapterError, PerftError, printable
 from perft.model import resolve_config
 from perft.moe import MoeBlock
 
@@ -177,7 +177,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 def pickled_files(folder: Path) -> list[str]:
     """Files in `folder` that look like pickled weights, to name them where they are refused."""
-    return sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLES)
+    return sorted(printable(entry.name) for entry in folder.iterdir() if entry.suffix in _PICKLES)
 
 
 def write_adapter(

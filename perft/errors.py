@@ -11,3 +11,8 @@ class AdapterError(PerftError):
 
 class BaseModelError(PerftError):
     """A base model cannot be used: it has no Mixture-of-Experts blocks, or none that the method can wrap."""
+
+
+def printable(text: str) -> str:
+    """A text that every encoder takes: what a file's name holds of bytes that are no text is written as `\\udcff`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

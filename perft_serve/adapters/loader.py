@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from perft.adapter import Adapter, read_adapter
-from perft.errors import AdapterError
+from perft.errors import AdapterError, printable
 from perft.moe import MoeBlock
 from perft_serve.adapters.arena import StagedAdapter
 from perft_serve.adapters.sources import fetched
@@ -121,7 +121,7 @@ class Loader:
         try:
             staged = self._load(source)
         except AdapterError as error:
-            reason = str(error)
+            reason = printable(str(error))  # it goes to other processes as UTF-8, whatever names of files it quotes
             _logger.warning("cannot load the adapter at %r: %s", source, reason)
         except Exception as error:  # a thread's end: what a source's own library raises must not leave requests waiting
             reason = f"it cannot be read from its source ({type(error).__name__})"

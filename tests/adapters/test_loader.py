@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from staging import BLOCKS, make_adapter, make_arena, read
 from tiny import random_adapter
 
 from perft import PerftConfig
+from perft.errors import AdapterError
 from perft_serve.adapters import loader as loader_module
 from perft_serve.adapters.arena import StagedAdapter
 from perft_serve.adapters.loader import MAX_LOADS, Loaded, Loader
@@ -107,6 +109,26 @@ def test_reasons_are_data_and_name_no_path(loader: Loader, woken: threading.Sema
         assert loaded.staged is None
         assert reason in (loaded.error or "")
         assert str(tmp_path) not in (loaded.error or ""), "clients read this"
+
+
+def test_reasons_can_be_encoded(
+    loader: Loader, woken: threading.Semaphore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's name need not be text, and what cannot be encoded would end the engine's process."""
+    source = Path(make_adapter(tmp_path / "a"))
+    (source / "adapter_model.safetensors").unlink()
+    Path(os.fsdecode(os.fsencode(source) + b"/w\xff.bin")).touch()
+    loader.start(0, str(source))
+    assert woken.acquire(timeout=30)
+    assert r"w\udcff.bin: pickled weights" in (loader.take_results()[0].error or "").encode().decode()
+
+    def fetched(source: str) -> None:
+        raise AdapterError(f"no \udcff in {source}")
+
+    monkeypatch.setattr(loader_module, "fetched", fetched)
+    loader.start(0, "s3://bucket/a")
+    assert woken.acquire(timeout=30)
+    assert loader.take_results()[0].error == r"no \udcff in s3://bucket/a"
 
 
 def test_an_exception_of_somebody_elses_library_is_a_reason_too(
