@@ -40,6 +40,7 @@ class _Entry:
         "last_used",
         "load_number",
         "num_in_flight",
+        "pin_error",
         "pinned",
         "ref",
         "was_run",
@@ -50,7 +51,8 @@ class _Entry:
         self.is_retired = is_retired
         self.content: Content | None = None  # while it is in a tier
         self.digest: str | None = None
-        self.error: str | None = None
+        self.error: str | None = None  # why its last load failed
+        self.pin_error: str | None = None  # why it could not be pinned
         self.facts: dict[str, Any] = {}  # fields of AdapterStatus that come from the file
         self.is_warmed = False  # to be loaded though nobody waits
         self.last_used: float | None = None
@@ -177,6 +179,8 @@ class AdapterStore:
             raise AdapterError(f"version {ref.version} of adapter {ref.name!r} was deleted or replaced")
         entry = self._entry(ref)
         entry.error = None
+        if pin:
+            entry.pin_error = None
         self._note(entry)
         if entry.content is None:
             entry.is_warmed = True
@@ -255,8 +259,9 @@ class AdapterStore:
         entry.load_number = next(self._load_numbers)
         self._loading[entry.load_number] = entry
         self._take_in(self._loader.load_as_data(entry.load_number, ref.source))
-        if entry.error is not None:
-            raise AdapterError(f"adapter {ref.name!r} (from {ref.source!r}): {entry.error}")
+        reason = entry.error or entry.pin_error
+        if reason is not None:
+            raise AdapterError(f"adapter {ref.name!r} (from {ref.source!r}): {reason}")
         while entry.content is not None and self._tiers.is_incoming(entry.content):
             self._tiers.step()
         return self._status(entry)
@@ -290,7 +295,7 @@ class AdapterStore:
             name=entry.ref.name,
             version=entry.ref.version,
             state=state,
-            error=entry.error,
+            error=entry.error or entry.pin_error,
             pinned=entry.pinned,
             num_in_flight=entry.num_in_flight,
             last_used=entry.last_used,
@@ -404,7 +409,7 @@ class AdapterStore:
             try:
                 self._pin(entry, anew=True)
             except AdapterError as error:
-                entry.error = str(error)
+                entry.pin_error = str(error)
         elif entry.is_warmed:
             self._tiers.bring_if_free(content)
         entry.is_warmed = False

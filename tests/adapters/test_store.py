@@ -416,6 +416,26 @@ class TestPins:
             d.store.acquire(c)
         d.store.leave(c)
 
+    def test_that_it_cannot_be_pinned_does_not_keep_it_from_being_run(
+        self, driven: Callable[..., Driven], make_ref: MakeRef
+    ) -> None:
+        d, pinned, big, other = driven(2 * S, host_bytes=0), make_ref("a"), make_ref("big"), make_ref("other")
+        d.store.warm(pinned, pin=True)
+        d.settle()
+        lease = d.run(other)
+        d.store.warm(make_ref("b"), pin=True)
+        d.store.warm(big, pin=True)
+        d.settle()
+        d.end(lease)
+        d.settle()
+        status = d.status(big)
+        assert (status.state, status.pinned) == ("registered", False)
+        assert "cannot be pinned" in (status.error or "")
+        d.store.retire("b", 1)
+        d.settle()
+        d.use(big)
+        assert "cannot be pinned" in (d.status(big).error or "")
+
     def test_what_lies_in_pieces_too_small_is_refused(self, driven: Callable[..., Driven], make_ref: MakeRef) -> None:
         """What is pinned never moves: an adapter expert that fits between no two of them will not fit later either."""
         d = driven(6 * num_rows("s-last"))
