@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -296,12 +296,28 @@ class AdapterArena:
             num_parameters=adapter.num_parameters,
         )
 
+    def would_fit(self, staged: StagedAdapter, kept: Iterable[Sequence[tuple[int, int]]]) -> bool:
+        """Whether `place` would find room for an adapter if only these had their rows.
+
+        Args:
+            kept: runs (first row, number of rows) of each; none of them overlap.
+        """
+        rows = RangeAllocator(0)
+        end = 0
+        for start, length in sorted(run for runs in kept for run in runs):
+            if start > end:
+                rows.give(end, start - end)
+            end = start + length
+        if end < self.num_rows:
+            rows.give(end, self.num_rows - end)
+        return rows.take(staged.num_rows) is not None or rows.take_pieces(_pieces(staged)) is not None
+
     def place(self, staged: StagedAdapter) -> Placement | None:
         """Reserve rows for an adapter, in one run or in pieces; `None` if the free rows do not hold it."""
         num_layers, num_experts, rank = len(staged.ordinals), staged.num_experts, staged.config.r
-        num_rank_runs = 2 * num_layers * num_experts
-        num_gates = num_layers if staged.config.variant == "R" else 0
-        assert staged.num_rows == num_rank_runs * rank + num_gates * num_experts
+        pieces = _pieces(staged)
+        num_rank_runs = pieces[0][1]
+        assert staged.num_rows == sum(length * count for length, count in pieces)
         first_row = self._rows.take(staged.num_rows)
         if first_row is not None:
             gates = first_row + num_rank_runs * rank
@@ -309,7 +325,7 @@ class AdapterArena:
             gate_starts = torch.arange(gates, first_row + staged.num_rows, num_experts)
             runs = [(first_row, staged.num_rows)]
         else:
-            starts = self._rows.take_pieces([(rank, num_rank_runs), (num_experts, num_gates)])
+            starts = self._rows.take_pieces(pieces)
             if starts is None:
                 return None
             rank_starts, gate_starts = torch.tensor(starts[0]), torch.tensor(starts[1], dtype=torch.int64)
@@ -452,6 +468,13 @@ class AdapterArena:
             self.rule_A6 = _grown(self.rule_A6, 0, 2 * slot, 0)
             self.gate_row_LA = _grown(self.gate_row_LA, 1, 2 * slot, -1)
         return slot
+
+
+def _pieces(staged: StagedAdapter) -> list[tuple[int, int]]:
+    """What must lie together: (rows, how many of them) of the rank rows of an adapter expert, and of the gates of a layer."""
+    num_layers, num_experts = len(staged.ordinals), staged.num_experts
+    num_gates = num_layers if staged.config.variant == "R" else 0
+    return [(staged.config.r, 2 * num_layers * num_experts), (num_experts, num_gates)]
 
 
 def _joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -79,7 +79,7 @@ class AdapterStore:
         self._arena = arena
         self._host_bytes = host_bytes
         self._wake = wake if wake is not None else lambda: None
-        self._tiers = Tiers(arena, host_bytes, self._on_move)
+        self._tiers = Tiers(arena, host_bytes, self._on_move, self._on_refused_pin)
         self._loader = Loader(arena.blocks, arena.stage, self._wake)
         self._load_numbers = itertools.count()
         self._entries: dict[str, dict[int, _Entry]] = {}  # by name and version
@@ -170,7 +170,8 @@ class AdapterStore:
         Args:
             ref: which one.
             pin: bring it into the arena in any case and never evict it, until it is retired. If that turns out not to be
-                possible only when it has been read, its status says why, and that it is not pinned.
+                possible only when it has been read, or when it is to be placed, its status says why, and that it is not
+                pinned.
 
         Raises:
             AdapterError: it is retired, or cannot be pinned.
@@ -428,6 +429,14 @@ class AdapterStore:
         if entry.pinned and entry.content is not None:
             self._tiers.unpin(entry.content)
         entry.pinned = False
+
+    def _on_refused_pin(self, content: Content, reason: str) -> None:
+        """A content that waited for room cannot be pinned after all."""
+        for entry in self._entries_of[content.digest].values():
+            if entry.pinned:
+                self._unpin(entry)
+                entry.pin_error = reason
+                self._note(entry)
 
     def _on_move(self, content: Content) -> None:
         """A content has come into the arena, or left it, or is in no tier any more."""

@@ -1,9 +1,10 @@
 """Two tiers of memory for adapters by what they compute: host memory, and the arena on the device.
 
 In: staged adapters, who waits for them, who runs on them, which are pinned. Out: which of them are in which tier. It knows
-digests, no names. Time per call is O(log n).
+digests, no names. Time per call is O(log n), or O(n) where rows lie in pieces, or a pin waits for them.
 
 - Arena: a content that is held or pinned stays. Of the others the least recently used is evicted, when room is needed.
+- A pin waits for room that others hold. Where what is pinned already leaves none, or only pieces too small, it is refused.
 - Host memory: what somebody waits for stays until it is in the arena. Of the rest the least recently used goes. An adapter
   that is larger than the whole tier passes through it.
 - Copying and wiping are done piece by piece, `COPY_BYTES_PER_STEP` between two calls of `step`.
@@ -76,6 +77,7 @@ class Tiers:
     Args:
         arena: the device memory; nobody else loads into it.
         host_bytes: size of the host tier.
+        on_refused_pin: called with a content whose pins must be taken back, and why: there can be no room for it.
         on_move: called when a content has come to, or gone from, the arena, or is not on its way any more, or is in no tier
             any more.
 
@@ -85,10 +87,17 @@ class Tiers:
         host_used_bytes: what contents take of host memory.
     """
 
-    def __init__(self, arena: AdapterArena, host_bytes: int, on_move: Callable[[Content], None]) -> None:
+    def __init__(
+        self,
+        arena: AdapterArena,
+        host_bytes: int,
+        on_move: Callable[[Content], None],
+        on_refused_pin: Callable[[Content, str], None],
+    ) -> None:
         self._arena = arena
         self._host_bytes = host_bytes
         self._on_move = on_move
+        self._on_refused_pin = on_refused_pin
         self._contents: dict[str, Content] = {}
         # host tier
         self._spare: OrderedDict[str, Content] = OrderedDict()  # may be dropped, least recently used first
@@ -102,14 +111,15 @@ class Tiers:
         self._incoming: dict[str, Content] = {}  # were granted room, first come first
         self._granted_rows = 0  # of those, the rows that are not placed yet
         self._pins_waiting: dict[str, Content] = {}  # pinned, and not granted room yet
+        self._pins_may_fit = False  # what those may have has changed since they were last tried
         self._budget = COPY_BYTES_PER_STEP
         self.num_resident = 0
         self.num_evictions = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would copy or wipe."""
-        return bool(self._incoming or self._arena.num_wiping_rows)
+        """Whether `step` would copy or wipe, or try to."""
+        return bool(self._incoming or self._arena.num_wiping_rows or (self._pins_waiting and self._pins_may_fit))
 
     @property
     def has_host_room(self) -> bool:
@@ -170,11 +180,15 @@ class Tiers:
         """
         if not content.num_pins and self._pinned_rows + content.num_rows > self._arena.num_rows:
             raise AdapterError(f"it cannot be pinned: {self._numbers(content)} are pinned already")
+        is_there = content.is_resident or content.digest in self._incoming
+        if not is_there and not self._would_fit(content, beside_pinned=True):
+            raise AdapterError(self._pin_refusal(content))
         content.num_pins += 1
         if content.num_pins == 1:
             self._pinned_rows += content.num_rows
-            if not content.is_resident and content.digest not in self._incoming:
+            if not is_there:
                 self._pins_waiting[content.digest] = content
+            self._pins_may_fit = True  # or one that waits does not fit any more
         self._settle(content)
         self._grant_pins()
 
@@ -232,8 +246,14 @@ class Tiers:
         while self.host_used_bytes > self._host_bytes and self._spare:
             self._leave_host(next(iter(self._spare.values())))
 
+    def _pin_refusal(self, content: Content) -> str:
+        return (
+            f"it cannot be pinned: {self._numbers(content)} are pinned already, and the rest lies in pieces that are too "
+            "small"
+        )
+
     def _numbers(self, content: Content) -> str:
-        pinned_bytes = self._pinned_rows * self._arena.row_bytes
+        pinned_bytes = (self._pinned_rows - (content.num_rows if content.num_pins else 0)) * self._arena.row_bytes
         return (
             f"it needs {content.num_bytes:,} bytes, and of the {self._arena.num_bytes:,} bytes of adapter memory "
             f"{pinned_bytes:,}"
@@ -256,6 +276,7 @@ class Tiers:
             self._idle_rows += content.num_rows if idle else -content.num_rows
             if idle:
                 self._idle[digest] = content
+                self._pins_may_fit = True
             else:
                 del self._idle[digest]
         running = bool(content.num_held) and not content.num_pins
@@ -301,8 +322,26 @@ class Tiers:
         return True
 
     def _grant_pins(self) -> None:
+        """Grant room to pins that would get it, for which others must not be evicted in vain; refuse those that never will."""
+        if not self._pins_may_fit:
+            return
+        self._pins_may_fit = False
         for content in list(self._pins_waiting.values()):
-            self._grant(content)
+            if not self._would_fit(content, beside_pinned=True):
+                self._on_refused_pin(content, self._pin_refusal(content))
+            elif self._would_fit(content):
+                self._grant(content)
+
+    def _would_fit(self, content: Content, *, beside_pinned: bool = False) -> bool:
+        """Whether a content could be placed if all left the arena that are idle; or all that are not pinned."""
+        assert content.staged is not None
+        kept = [
+            self._arena.runs_of(other.slot) if other.placement is None else other.placement.runs
+            for other in self._contents.values()
+            if (other.is_resident and (other.num_pins or (other.num_held and not beside_pinned)))
+            or (other.placement is not None and (other.num_pins or not beside_pinned))
+        ]
+        return self._arena.would_fit(content.staged, kept)
 
     def _take_grant_back(self, content: Content) -> None:
         del self._incoming[content.digest]
@@ -311,6 +350,7 @@ class Tiers:
         else:
             self._arena.abandon(content.placement)
             content.placement = None
+        self._pins_may_fit = True
         self._settle(content)
 
     def _evict_one(self) -> None:
@@ -340,8 +380,11 @@ class Tiers:
             self._budget -= self._arena.wipe(self._budget)
 
     def _place(self, content: Content) -> bool:
-        """Give a content with a grant its rows, if enough are wiped; takes the grant back if they lie too scattered."""
+        """Give a content with a grant its rows, if enough are wiped; takes the grant back if they lie too scattered, and
+        would also if nothing was left that can be evicted.
+        """
         assert content.staged is not None
+        may_evict: bool | None = None
         while content.placement is None:
             content.placement = self._arena.place(content.staged)
             if content.placement is not None:
@@ -350,13 +393,15 @@ class Tiers:
                 if self._budget <= 0:
                     return False
                 self._wipe()
-            elif self._idle:
-                self._evict_one()
             else:
-                self._take_grant_back(content)
-                if content.num_pins:
-                    self._pins_waiting[content.digest] = content
-                return False
+                if may_evict is None:
+                    may_evict = bool(self._idle) and self._would_fit(content)
+                if not may_evict:
+                    self._take_grant_back(content)
+                    if content.num_pins:
+                        self._pins_waiting[content.digest] = content
+                    return False
+                self._evict_one()
         return True
 
     def _copy(self, content: Content) -> None:

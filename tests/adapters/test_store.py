@@ -449,6 +449,56 @@ class TestPins:
         with pytest.raises(AdapterError, match="pieces that are too small"):
             d.store.acquire(wide)
 
+    def test_a_pin_that_fits_between_no_two_others_is_refused(
+        self, driven: Callable[..., Driven], make_ref: MakeRef
+    ) -> None:
+        """... wherever it is found out, with the numbers; it keeps nothing reserved, and nobody is evicted for it in vain."""
+        d = driven(4 * 12 + 2)
+        refs = {name: make_ref(name, "s-last") for name in "abcd"}
+        wide, late, others = make_ref("wide", "s-wide"), make_ref("late", "s-wide"), [refs["a"], refs["c"]]
+        leases = {name: d.run(ref) for name, ref in refs.items()}
+        d.store.warm(wide, pin=True)
+        d.settle()
+        assert (d.status(wide).state, d.status(wide).pinned) == ("host", True), "it waits for those that run"
+        for name in "bd":
+            d.store.warm(refs[name], pin=True)
+        for lease in leases.values():
+            d.end(lease)
+        d.settle()
+        d.store.warm(late, pin=True)
+        d.settle()
+        for ref in (wide, late):
+            status = d.status(ref)
+            assert (status.state, status.pinned) == ("host", False)
+            assert (
+                "cannot be pinned: it needs 1,664 bytes, and of the 3,200 bytes of adapter memory 1,536 are pinned"
+                in (status.error or "")
+            )
+        for _ in range(10):
+            for ref in others:
+                d.use(ref)
+        assert d.store.memory().num_evictions == 0
+        d.store.warm(refs["a"], pin=True)
+        d.store.warm(refs["c"], pin=True)
+        d.settle()
+        assert all(d.status(ref).pinned for ref in refs.values())
+
+    def test_a_pin_waits_until_those_who_run_leave_it_a_place(
+        self, driven: Callable[..., Driven], make_ref: MakeRef
+    ) -> None:
+        d = driven(4 * 12 + 2)
+        leases = {name: d.run(make_ref(name, "s-last")) for name in "abcd"}
+        wide = make_ref("wide", "s-wide")
+        d.store.warm(wide, pin=True)
+        d.end(leases["a"])
+        d.end(leases["c"])
+        d.settle()
+        assert (d.status(wide).state, d.status(wide).pinned) == ("host", True)
+        assert d.store.memory().num_evictions == 0, "there is room enough, but in pieces"
+        d.end(leases["b"])
+        d.settle()
+        assert (d.status(wide).state, d.status(wide).pinned) == ("resident", True)
+
 
 def test_an_adapter_larger_than_the_arena_fails_with_the_numbers(
     driven: Callable[..., Driven], make_ref: MakeRef
