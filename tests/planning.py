@@ -155,7 +155,7 @@ class World:
     def fail(self, name: str, reason: str) -> None:
         """The adapter could not be read."""
         self.adapters.broken[name] = reason
-        self.scheduler.adapter_changed(name, 1)
+        self.scheduler.adapter_failed(name, 1, reason)
 
     def step(self) -> tuple[Plan, list[TokenEvent]]:
         for name in self.adapters.copy():

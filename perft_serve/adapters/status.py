@@ -13,7 +13,8 @@ from perft_serve.adapters.catalog import AdapterRef
 
 AdapterState = Literal["registered", "loading", "host", "resident", "failed", "removed"]
 """`registered`: known, in no memory. `loading`: being read from its source. `host`: in host memory, perhaps being copied into
-the arena. `resident`: in the arena. `failed`: its last load failed; the next request tries again. `removed`: gone."""
+the arena. `resident`: in the arena. `failed`: its last load failed; a request that comes a second later or more tries again.
+`removed`: gone."""
 
 
 class Hold(Enum):
@@ -97,3 +98,8 @@ class AdapterMemory:
     num_load_failures: int = 0
     num_evictions: int = 0
     load_seconds: float = 0.0
+
+
+def load_failure(name: str, reason: str) -> str:
+    """What requests for an adapter are told whose load has failed."""
+    return f"adapter {name!r} could not be loaded: {reason}"

@@ -21,8 +21,11 @@ from perft.errors import AdapterError
 from perft_serve.adapters.arena import AdapterArena, StagedAdapter
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.loader import MAX_LOADS, Loaded, Loader
-from perft_serve.adapters.status import AdapterMemory, AdapterState, AdapterStatus, Hold, Lease
+from perft_serve.adapters.status import AdapterMemory, AdapterState, AdapterStatus, Hold, Lease, load_failure
 from perft_serve.adapters.tiers import Content, Tiers
+
+# A source that could not be read is left alone for so long, however many requests come for it: they share the reason.
+RETRY_SECONDS = 1.0
 
 _Key: TypeAlias = "tuple[str, int]"
 
@@ -87,6 +90,7 @@ class AdapterStore:
         self._retired: dict[str, int] = {}  # name to the highest version that is retired
         self._pending: dict[_Key, _Entry] = {}  # to be loaded, first come first
         self._loading: dict[int, _Entry] = {}  # by number of the load
+        self._failed: dict[_Key, tuple[float, str]] = {}  # loads that failed lately: when and why, in that order
         self._changed: dict[_Key, _Entry] = {}
         self._last_words: list[AdapterStatus] = []  # of entries that are gone
         self._num_loads = 0
@@ -96,18 +100,18 @@ class AdapterStore:
     def enter(self, ref: AdapterRef) -> None:
         """A request for `ref` has come: it is in flight until `leave`, and the adapter is brought.
 
-        If its last load failed, it is tried again.
+        If its last load failed, it is tried again, unless that was less than `RETRY_SECONDS` ago.
         """
         entry = self._entry(ref)
         entry.num_in_flight += 1
         entry.last_used = time.time()
-        entry.error = None
+        entry.error = self._recent_failure(entry.key) if entry.content is None else None
         self._note(entry)
-        if entry.content is None:
-            self._want(entry)
-        else:
+        if entry.content is not None:
             self._tiers.add_waiting(entry.content, 1)
             self._tiers.touch(entry.content)
+        elif entry.error is None:
+            self._want(entry)
 
     def leave(self, ref: AdapterRef) -> None:
         """A request that has entered is over. If it holds a lease, that is released first."""
@@ -142,7 +146,7 @@ class AdapterStore:
         content = entry.content
         if content is None:
             if entry.error is not None:
-                raise AdapterError(f"adapter {ref.name!r} could not be loaded: {entry.error}")
+                raise AdapterError(load_failure(ref.name, entry.error))
             self._want(entry)
             return Hold.LOADING
         try:
@@ -167,6 +171,8 @@ class AdapterStore:
     def warm(self, ref: AdapterRef, pin: bool = False) -> None:
         """Bring an adapter without a request: into host memory, and into the arena if there is room that nobody has.
 
+        If its last load failed, it is tried again at once.
+
         Args:
             ref: which one.
             pin: bring it into the arena in any case and never evict it, until it is retired. If that turns out not to be
@@ -180,6 +186,7 @@ class AdapterStore:
             raise AdapterError(f"version {ref.version} of adapter {ref.name!r} was deleted or replaced")
         entry = self._entry(ref)
         entry.error = None
+        self._failed.pop(entry.key, None)
         if pin:
             entry.pin_error = None
         self._note(entry)
@@ -344,6 +351,12 @@ class AdapterStore:
             self._note(entry)
             self._start_loads()
 
+    def _recent_failure(self, key: _Key) -> str | None:
+        """Why the last load failed, if that was lately."""
+        while self._failed and next(iter(self._failed.values()))[0] <= time.monotonic() - RETRY_SECONDS:
+            del self._failed[next(iter(self._failed))]
+        return self._failed[key][1] if key in self._failed else None
+
     def _can_start_a_load(self) -> bool:
         return bool(self._pending) and self._tiers.has_host_room and self._loader.num_loads < MAX_LOADS
 
@@ -371,6 +384,10 @@ class AdapterStore:
             return
         entry.error = reason
         entry.pinned = entry.is_warmed = False
+        if reason is not None and not entry.was_run:  # else who comes next is to have what is there now
+            self._failed.pop(entry.key, None)
+            self._failed[entry.key] = (time.monotonic(), reason)
+            self._recent_failure(entry.key)
         if not entry.num_in_flight:
             self._forget(entry)
 

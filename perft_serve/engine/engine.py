@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 from perft_serve.adapters.catalog import AdapterCatalog, AdapterRef
-from perft_serve.adapters.status import AdapterStatus
+from perft_serve.adapters.status import AdapterStatus, load_failure
 from perft_serve.adapters.store import AdapterStore
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
@@ -178,9 +178,13 @@ class Engine:
         self._adapters.close()
 
     def _take_updates(self) -> None:
-        for status in self._adapters.updates():
-            self._updates[status.name, status.version] = status
-            self._scheduler.adapter_changed(status.name, status.version)
+        latest = {(status.name, status.version): status for status in self._adapters.updates()}
+        self._updates |= latest
+        for (name, version), status in latest.items():
+            if status.state == "failed" and status.error is not None:
+                self._scheduler.adapter_failed(name, version, load_failure(name, status.error))
+            else:
+                self._scheduler.adapter_changed(name, version)
 
     def _tell_load_ended(self) -> None:
         self._load_ended.set()

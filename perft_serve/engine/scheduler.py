@@ -180,6 +180,7 @@ class Scheduler:
         self._base_digest = base_digest
         self._prefix_caching = prefix_caching
         self._by_id: dict[str, Sequence] = {}
+        self._on_adapter: dict[AdapterKey, dict[Sequence, None]] = {}  # all that are on one, wherever they are
         self._numbers = itertools.count()
         # A sequence is in one of these:
         self._running: dict[Sequence, None] = {}  # holds pages; in the order in which they started
@@ -225,6 +226,7 @@ class Scheduler:
         """Put a new sequence in line."""
         if seq.request.adapter is not None:
             self._adapters.enter(seq.request.adapter)
+            self._on_adapter.setdefault(_key(seq.request.adapter), {})[seq] = None
         seq.number = next(self._numbers)
         self._by_id[seq.request.request_id] = seq
         self._order.add(seq)
@@ -254,11 +256,19 @@ class Scheduler:
                 self._fail(seq, error, "deleted")
 
     def adapter_changed(self, name: str, version: int) -> None:
-        """An adapter may have been read or copied, or that has failed: those that wait for it are looked at again."""
+        """An adapter may have been read or copied, or has left: those that wait for it are looked at again."""
         self._room_may_have_come = True
         parked = self._parked.get((name, version))
         if parked is not None:
             self._stir(parked)
+
+    def adapter_failed(self, name: str, version: int, error: str) -> None:
+        """An adapter could not be read: all that wait for it end, seat or no seat in the batch; the next `commit` says so."""
+        self._room_may_have_come = True
+        for seq in list(self._on_adapter.get((name, version), ())):
+            if seq.lease is None:
+                self._take_out(seq)
+                self._fail(seq, error, "adapter")
 
     def schedule(self) -> Plan:
         """Choose the next step's chunks. An empty plan means that there is nothing to compute."""
@@ -543,8 +553,13 @@ class Scheduler:
             self._adapters.release(seq.lease)
             seq.lease = None
             self._room_may_have_come = True
-        if seq.request.adapter is not None:
-            self._adapters.leave(seq.request.adapter)
+        ref = seq.request.adapter
+        if ref is not None:
+            seqs = self._on_adapter[_key(ref)]
+            del seqs[seq]
+            if not seqs:
+                del self._on_adapter[_key(ref)]
+            self._adapters.leave(ref)
 
     def _fail(self, seq: Sequence, error: str, kind: ErrorKind) -> None:
         """End a sequence that is in no queue; the next `commit` says so."""

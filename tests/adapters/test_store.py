@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from staging import CONFIGS, HIDDEN, Driven, assert_is_in, assert_zero_outside, 
 
 from perft.errors import AdapterError
 from perft_serve.adapters import loader as loader_module
+from perft_serve.adapters import store as store_module
 from perft_serve.adapters import tiers as tiers_module
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.loader import MAX_LOADS
@@ -221,8 +223,8 @@ def test_who_waits_for_a_copy_is_told_that_it_was_given_up(
     assert_right(d, lease)
 
 
-def test_a_failed_load_fails_its_requests_and_the_next_request_tries_again(
-    driven: Callable[..., Driven], make_ref: MakeRef
+def test_a_failed_load_fails_its_requests_and_a_later_request_tries_again(
+    driven: Callable[..., Driven], make_ref: MakeRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     d, good, bad = driven(500), make_ref("good"), make_ref("bad")
     file = Path(bad.source) / "adapter_model.safetensors"
@@ -245,10 +247,35 @@ def test_a_failed_load_fails_its_requests_and_the_next_request_tries_again(
     assert "bad" not in d.store._entries, "it is reported, not kept"
     assert_right(d, lease)
     file.write_bytes(whole)
+    monkeypatch.setattr(store_module, "RETRY_SECONDS", 0.0)
     assert_right(d, d.run(bad))
     assert d.status(bad).state == "resident"
     memory = d.store.memory()
     assert (memory.num_loads, memory.num_load_failures) == (2, 1)
+
+
+def test_a_source_that_has_just_failed_is_left_alone(
+    driven: Callable[..., Driven], make_ref: MakeRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many requests come: they get the reason at once. Who asks for the load itself gets a load."""
+    d, bad = driven(500), make_ref("bad")
+    shutil.move(bad.source, f"{bad.source}-away")
+    for _ in range(20):
+        d.store.enter(bad)
+        d.settle()
+        assert d.status(bad).state == "failed"
+        with pytest.raises(AdapterError, match="adapter 'bad' could not be loaded: its folder does not exist"):
+            d.store.acquire(bad)
+        d.store.leave(bad)
+    assert d.store.memory().num_load_failures == 1
+    d.store.warm(bad)
+    d.settle()
+    assert d.store.memory().num_load_failures == 2
+    shutil.move(f"{bad.source}-away", bad.source)
+    monkeypatch.setattr(store_module, "RETRY_SECONDS", 0.05)
+    time.sleep(0.1)
+    d.use(bad)
+    assert d.store._failed == {}
 
 
 def test_equal_content_shares_memory(driven: Callable[..., Driven], make_ref: MakeRef) -> None:

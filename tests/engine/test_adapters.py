@@ -19,6 +19,7 @@ from perft import PerftConfig
 from perft.adapter import Adapter, read_adapter
 from perft.errors import AdapterError
 from perft.moe import MoeBlock, find_moe_blocks
+from perft_serve.adapters import store
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.status import AdapterStatus
 from perft_serve.engine.config import EngineConfig
@@ -137,7 +138,9 @@ def test_what_was_given_at_the_start_may_be_more_than_the_arena_holds(
 
 
 @pytest.mark.parametrize("what", ["missing", "nan", "cut", "pickle", "another base", "nowhere", "too large"])
-def test_a_broken_adapter_fails_its_own_requests(mixtral: Served, tmp_path: Path, what: str) -> None:
+def test_a_broken_adapter_fails_its_own_requests(
+    mixtral: Served, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the reason, while another request's decode goes on; put right, it is served."""
     blocks = find_moe_blocks(tiny_model("mixtral"))
     config = PerftConfig(variant="S", r=2)
@@ -179,6 +182,7 @@ def test_a_broken_adapter_fails_its_own_requests(mixtral: Served, tmp_path: Path
         assert reason in (outputs[f"bad{i}"].error or "")
         assert str(tmp_path) not in (outputs[f"bad{i}"].error or ""), "a client need not know where files lie"
     assert engine.stats().adapters.arena_used_bytes == used
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0.0)
     random_adapter(source, config, blocks)
     (source / "adapter_model.bin").unlink(missing_ok=True)
     assert run(engine, [request("good", [1, 2, 3], ref)])["good"].finish_reason == "length"
@@ -287,6 +291,25 @@ def test_warm_and_pin(mixtral: Served, crowd: dict[str, AdapterRef]) -> None:
     engine.close()
 
 
+def test_a_failure_is_told_though_the_batch_is_full(mixtral: Served) -> None:
+    engine = bare_engine(mixtral, max_num_seqs=1)
+    outputs = {name: Output() for name in ("runs", "bad", "bad too")}
+    engine.submit(request("runs", [1, 2, 3], max_tokens=200))
+    step(engine, outputs)
+    bad = AdapterRef(name="bad", source="/nowhere")
+    engine.submit(request("bad", [1, 2, 3], bad))
+    while not outputs["bad"].finish_reason:
+        step(engine, outputs)
+    engine.submit(request("bad too", [1, 2, 3], bad))
+    step(engine, outputs)
+    assert outputs["runs"].finish_reason is None
+    for name in ("bad", "bad too"):
+        assert outputs[name].error == "adapter 'bad' could not be loaded: its folder does not exist"
+    assert engine.stats().adapters.num_load_failures == 1, "the second one came at once, and was told the same"
+    engine.abort("runs")
+    engine.close()
+
+
 def test_what_a_step_has_changed_is_known_to_the_next_one(mixtral: Served, crowd: dict[str, AdapterRef]) -> None:
     """Asking for one adapter goes on with copying others: who waits for those is to be looked at though nothing else is."""
     engine = bare_engine(mixtral)
@@ -302,7 +325,9 @@ def test_what_a_step_has_changed_is_known_to_the_next_one(mixtral: Served, crowd
     engine.close()
 
 
-def test_values_that_overflow_the_served_dtype(mixtral: Served, tmp_path: Path) -> None:
+def test_values_that_overflow_the_served_dtype(
+    mixtral: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An adapter whose values do not fit the served dtype is refused instead of served as infinity."""
     source = random_adapter(tmp_path, PerftConfig(variant="S", r=2), find_moe_blocks(tiny_model("mixtral")))
     file = source / "adapter_model.safetensors"

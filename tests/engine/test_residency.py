@@ -47,6 +47,25 @@ def test_a_load_that_fails_ends_its_own_requests_only() -> None:
     world.assert_empty()
 
 
+def test_a_load_that_fails_is_told_though_the_batch_is_full() -> None:
+    world = World(max_num_seqs=2, adapters=FakeAdapters(room=2, host=("y",)))
+    world.add("long", 3, max_tokens=300)
+    world.add("parked", 3, adapter="x")
+    world.step()
+    world.add("also long", 3, adapter="y", max_tokens=300)
+    world.step()
+    world.step()
+    world.add("in line", 3, adapter="x")
+    world.add("other", 3, adapter="y")
+    assert world.scheduler.num_running == 2
+    world.fail("x", "NaN in layer 3")
+    assert world.scheduler.has_work()
+    told = {event.request_id: event.error for event in world.step()[1] if event.finish_reason is not None}
+    assert told == {"parked": "NaN in layer 3", "in line": "NaN in layer 3"}
+    assert world.finish().keys() == {"long", "also long", "other"}
+    world.assert_empty()
+
+
 def test_requests_on_resident_adapters_go_first() -> None:
     """With room for one adapter, its requests are served together; the other one's wait, though they came earlier."""
     world = World(max_num_seqs=4, adapters=FakeAdapters(room=1, host=("x", "y")))

@@ -26,6 +26,7 @@ from running_server import BASE, RunningServer, running_server
 
 from perft_serve import LLM, SamplingParams
 from perft_serve.adapters.catalog import CONFIG_FILE
+from perft_serve.adapters.store import RETRY_SECONDS
 from perft_serve.engine.config import EngineConfig
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.protocol import AdapterCard, AdapterList, ModelList
@@ -209,7 +210,8 @@ class TestRegister:
                 assert str(folder) not in failed.text
         assert card(server, "soon").state == "failed"
         assert "does not exist" in (card(server, "soon").error or "")
-        # The next request tries again
+        # A request that comes a little later tries again
+        time.sleep(RETRY_SECONDS)
         shutil.copytree(folder / "embedded", spare)
         assert ask(server, "soon") == tokens_of("embedded", 8)
         assert card(server, "soon").error is None
