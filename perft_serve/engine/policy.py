@@ -13,7 +13,8 @@ is asked who is next, and learns how many tokens each step computes for whom.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
+from bisect import bisect_left
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from perft_serve.engine.sequence import Sequence
@@ -68,6 +69,76 @@ class FirstComeFirstServed:
 
     def charge(self, seq: Sequence, num_tokens: int) -> None:
         """Counts for nothing here."""
+
+
+class LineForRoom:
+    """Those that wait for room in the arena, in the order of arrival, and how often each has been passed over.
+
+    Whoever starts before one of them starts before all that came earlier, too. So nobody has been passed over more often than
+    those before it, and who has been passed over too often stands in front. One that joins others, who came later, counts as
+    passed over as often as they were. A start costs O(log n): what is kept is by how much each is ahead of the next.
+
+    Attributes:
+        num_passed_first: how often the first in line has been passed over.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: list[int] = []  # of arrival, ascending
+        self._waiting: dict[int, Sequence] = {}
+        self._more: dict[int, int] = {}  # how much more often than the next one, by number; the last one: than never
+        self.num_passed_first = 0
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (self._waiting[number] for number in self._numbers)
+
+    def __getitem__(self, i: int) -> Sequence:
+        return self._waiting[self._numbers[i]]
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return seq.number in self._waiting
+
+    def add(self, seq: Sequence) -> None:
+        """`seq` waits; `seq.passed_over` is how often it was passed over before."""
+        i = bisect_left(self._numbers, seq.number)
+        more = max(seq.passed_over - self._num_passed(i), 0) if seq.passed_over else 0
+        self._numbers.insert(i, seq.number)
+        self._waiting[seq.number] = seq
+        self._more[seq.number] = more
+        while (
+            more and i
+        ):  # who stands before it is ahead by so much less; or has been passed over as often, at the least
+            i -= 1
+            ahead = self._more[self._numbers[i]]
+            self._more[self._numbers[i]] = max(ahead - more, 0)
+            more -= min(ahead, more)
+        self.num_passed_first += more
+
+    def remove(self, seq: Sequence) -> None:
+        """`seq` waits no longer; `seq.passed_over` is settled."""
+        i = bisect_left(self._numbers, seq.number)
+        seq.passed_over = self._num_passed(i)
+        del self._numbers[i], self._waiting[seq.number]
+        more = self._more.pop(seq.number)
+        if i:
+            self._more[self._numbers[i - 1]] += more
+        else:
+            self.num_passed_first -= more
+
+    def pass_over(self, number: int) -> None:
+        """Arrival `number` starts."""
+        i = bisect_left(self._numbers, number)
+        if i:
+            self._more[self._numbers[i - 1]] += 1
+            self.num_passed_first += 1
+
+    def _num_passed(self, i: int) -> int:
+        """How often the `i`-th has been passed over."""
+        if i < len(self._numbers) // 2:
+            return self.num_passed_first - sum(self._more[number] for number in self._numbers[:i])
+        return sum(self._more[number] for number in self._numbers[i:])
 
 
 def decoding(running: Collection[Sequence]) -> list[Sequence]:

@@ -27,6 +27,7 @@ from perft_serve.engine.pages import PagePool, page_hash, root_hash
 from perft_serve.engine.policy import (
     MAX_PASSED_OVER,
     FirstComeFirstServed,
+    LineForRoom,
     WaitingOrder,
     chunk_size,
     decoding,
@@ -122,15 +123,15 @@ class _Draft:
 class _Parked:
     """The sequences that wait for one adapter, and why.
 
-    When the adapter has changed, the head is put into the order besides, to ask for it when it is its turn; an overdue one
-    asks before all others.
+    When the adapter has changed, the head is put into the order besides, to ask for it when it is its turn; or among those who
+    are overdue, who ask before all others. While there is no room in the arena, the head is in the line for it.
     """
 
     ref: AdapterRef
     hold: Hold
     seqs: dict[Sequence, None]
     has_changed: bool = False
-    head_is_in_order: bool = False
+    head_is_due: bool = False
 
     @property
     def head(self) -> Sequence:
@@ -186,11 +187,12 @@ class Scheduler:
         self._running: dict[Sequence, None] = {}  # holds pages; in the order in which they started
         self._entering: deque[Sequence] = deque()  # preempted, or chosen to start: wants nothing but pages
         self._parked: dict[AdapterKey, _Parked] = {}  # waits for its adapter
-        self._overdue: dict[AdapterKey, _Parked] = {}  # those of them whose head has been passed over too often
-        self._held_back = (
-            FirstComeFirstServed()
-        )  # could start, but somebody who came earlier has been passed over enough
+        # could start, but somebody who came earlier has been passed over enough
+        self._held_back = FirstComeFirstServed()
         self._order = FirstComeFirstServed() if order is None else order  # all others
+        # And these hold heads of parked ones besides:
+        self._line = LineForRoom()
+        self._overdue = FirstComeFirstServed()  # were passed over too often, and may have their adapter now
         self._room_may_have_come = False  # in the arena, since those who wait for it were last tried
         self._ended: list[TokenEvent] = []  # last events of sequences that ended outside of a step
         self.num_preemptions = 0
@@ -218,7 +220,7 @@ class Scheduler:
             or self._ended
             or self._order.first() is not None
             or (self._parked and self._room_may_have_come)
-            or any(parked.has_changed for parked in self._overdue.values())
+            or ((overdue := self._first_overdue()) is not None and overdue.has_changed)
             or (self._held_back.first() is not None and self._gate() is None)
         )
 
@@ -403,7 +405,7 @@ class Scheduler:
         """Who is to start next, holding its lease: first those that have been passed over too often, then whoever is next in
         order and can have its adapter, then those that found no room before.
         """
-        for parked in sorted(self._overdue.values(), key=_arrival):
+        while (parked := self._first_overdue()) is not None:
             may_ask = parked.has_changed or (parked.has_no_room and draft.tries)
             if may_ask and (seq := self._retry(parked, draft)) is not None:
                 return seq
@@ -418,12 +420,12 @@ class Scheduler:
             self._order.remove(seq)
             if self._can_start(seq, gate):
                 return seq
-        in_line = [parked for parked in self._parked.values() if parked.has_no_room] if draft.tries else []
-        for parked in sorted(in_line, key=_arrival):
-            if not draft.tries or (gate is not None and parked.head.number > gate):
-                break
+        i = 0
+        while gate is None and draft.tries and i < len(self._line):
+            parked = self._parked_with(self._line[i])
             if (seq := self._retry(parked, draft)) is not None:
                 return seq
+            i += parked.has_no_room  # who is told to wait for something else has left the line
         self._room_may_have_come = False
         return None
 
@@ -432,21 +434,22 @@ class Scheduler:
         ref = seq.request.adapter
         if ref is None:
             seq.root = root_hash(scope=seq.request.cache_scope, base_digest=self._base_digest, adapter_digest="")
-            self._pass_over(seq.number)
+            self._line.pass_over(seq.number)
             return True
         if gate is not None and seq.number > gate:
             self._held_back.add(seq)
             return False
         parked = self._parked.get(_key(ref))
         if parked is not None:
-            if parked.head_is_in_order and parked.head is seq:
-                parked.head_is_in_order = False
+            if parked.head_is_due and parked.head is seq:
+                parked.head_is_due = False
                 return self._ask(parked)
             parked.seqs[seq] = None
             return False
         answer = self._acquire(seq, ref)
         if isinstance(answer, Hold):
-            self._parked[_key(ref)] = _Parked(ref, answer, {seq: None})
+            self._parked[_key(ref)] = parked = _Parked(ref, answer, {seq: None})
+            self._line_up(parked)
         return isinstance(answer, Lease)
 
     def _retry(self, parked: _Parked, draft: _Draft) -> Sequence | None:
@@ -464,7 +467,9 @@ class Scheduler:
         answer = self._acquire(parked.head, parked.ref)
         if isinstance(answer, Hold):
             parked.hold = answer
+            self._line_up(parked)
             return False
+        self._leave_line(parked.head)
         del parked.seqs[parked.head]
         self._unpark(parked)
         return isinstance(answer, Lease)
@@ -481,40 +486,59 @@ class Scheduler:
             seq.root = root_hash(
                 scope=seq.request.cache_scope, base_digest=self._base_digest, adapter_digest=answer.digest
             )
-            self._pass_over(seq.number)
+            self._line.pass_over(seq.number)
         return answer
 
-    def _pass_over(self, number: int) -> None:
-        """Arrival `number` starts: those that came before it and wait for room are passed over."""
-        for key, parked in self._parked.items():
-            if parked.has_no_room and parked.head.number < number:
-                parked.head.passed_over = min(parked.head.passed_over + 1, MAX_PASSED_OVER)
-                if parked.head.passed_over >= MAX_PASSED_OVER:
-                    self._overdue[key] = parked
+    def _parked_with(self, head: Sequence) -> _Parked:
+        """Where `head` is the head."""
+        assert head.request.adapter is not None
+        return self._parked[_key(head.request.adapter)]
+
+    def _first_overdue(self) -> _Parked | None:
+        """Of those whose head has been passed over too often, and that wait for room or may have their adapter now, the one
+        that has waited longest.
+        """
+        head = self._overdue.first()
+        gate = self._gate()
+        if gate is not None and (head is None or gate < head.number):
+            head = self._line[0]
+        return None if head is None else self._parked_with(head)
 
     def _gate(self) -> int | None:
         """Nobody that came after this arrival and needs an adapter is to start."""
-        return min((parked.head.number for parked in self._overdue.values() if parked.has_no_room), default=None)
+        is_overdue = len(self._line) and self._line.num_passed_first >= MAX_PASSED_OVER
+        return self._line[0].number if is_overdue else None
+
+    def _line_up(self, parked: _Parked) -> None:
+        """The head stands in the line for room if that is what it waits for."""
+        if not parked.has_no_room:
+            self._leave_line(parked.head)
+        elif parked.head not in self._line:
+            self._line.add(parked.head)
+
+    def _leave_line(self, head: Sequence) -> None:
+        if head in self._line:
+            self._line.remove(head)
+            head.passed_over = min(head.passed_over, MAX_PASSED_OVER)
 
     def _stir(self, parked: _Parked) -> None:
         """The adapter may be there now: let the head ask for it."""
         parked.has_changed = True
-        if parked.head.passed_over >= MAX_PASSED_OVER:
-            self._overdue[_key(parked.ref)] = parked
-        elif not parked.head_is_in_order:
-            parked.head_is_in_order = True
-            self._order.add(parked.head)
+        if not parked.head_is_due:
+            parked.head_is_due = True
+            is_overdue = parked.head.passed_over >= MAX_PASSED_OVER and not parked.has_no_room
+            (self._overdue if is_overdue else self._order).add(parked.head)
 
     def _call_back(self, parked: _Parked) -> None:
-        """The head is not in the order any more, or held back on its way."""
-        if parked.head_is_in_order:
-            parked.head_is_in_order = False
-            (self._held_back if parked.head in self._held_back else self._order).remove(parked.head)
+        """The head is not in the order any more, or among the overdue, or held back on its way."""
+        if parked.head_is_due:
+            parked.head_is_due = False
+            special = [queue for queue in (self._overdue, self._held_back) if parked.head in queue]
+            (special[0] if special else self._order).remove(parked.head)
 
     def _unpark(self, parked: _Parked) -> None:
         """Those that waited for this adapter are in line again."""
         del self._parked[_key(parked.ref)]
-        self._overdue.pop(_key(parked.ref), None)
         for seq in parked.seqs:
             self._order.add(seq)
         parked.seqs = {}
@@ -533,11 +557,12 @@ class Scheduler:
             was_head = parked.head is seq
             if was_head:
                 self._call_back(parked)
-                self._overdue.pop(_key(parked.ref), None)
+                self._leave_line(seq)
             del parked.seqs[seq]
             if not parked.seqs:
                 self._unpark(parked)
             elif was_head:
+                self._line_up(parked)
                 self._stir(parked)  # the head that is gone may have been about to ask
         elif seq in self._held_back:
             self._held_back.remove(seq)
@@ -604,7 +629,3 @@ class Scheduler:
 
 def _key(ref: AdapterRef) -> AdapterKey:
     return ref.name, ref.version
-
-
-def _arrival(parked: _Parked) -> int:
-    return parked.head.number

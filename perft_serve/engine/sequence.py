@@ -27,8 +27,8 @@ class Sequence:
         width: the most adapter experts that one of its tokens takes.
         root: where the hashes of its pages start; `page_hashes` are those of its first pages, as far as they were needed.
         num_cached_tokens: tokens of the prompt that were in the prefix cache when it started.
-        passed_over: how many later arrivals have started while it waited for room in the arena; counted up to
-            `policy.MAX_PASSED_OVER`.
+        passed_over: how many later arrivals have started while it waited for room in the arena; settled when it does so no
+            longer, and counted up to `policy.MAX_PASSED_OVER`.
     """
 
     request: EngineRequest

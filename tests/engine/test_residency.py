@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 
 import pytest
 from planning import FakeAdapters, RoundRobin, World
 
-from perft_serve.engine.policy import MAX_PASSED_OVER
+from perft_serve.engine.policy import MAX_PASSED_OVER, LineForRoom
 from perft_serve.engine.scheduler import MAX_LOOKS
+from perft_serve.engine.sequence import Sequence
 
 
 def test_a_load_delays_its_own_requests_only() -> None:
@@ -232,6 +234,73 @@ def test_thousands_of_waiting_requests_cost_a_step_nothing() -> None:
     assert time.perf_counter() - start < 1.0
     world.finish()
     world.assert_empty()
+
+
+def calls_of_a_step(num_waiting: int) -> int:
+    """How many functions are called to plan a step with 28 starts while so many adapters wait for room."""
+    names = [f"a{i}" for i in range(num_waiting)]
+    world = World(num_pages=10_000, max_num_seqs=64, budget=512, adapters=FakeAdapters(room=60, host=tuple(names)))
+    for name in names:
+        world.add(name, 2, adapter=name, max_tokens=400, ignore_eos=True)
+    while world.scheduler.num_running < 60 or world.scheduler._order.first() is not None:
+        world.step()
+    for i in range(32):
+        world.scheduler.abort(names[i])
+        world.add(f"again{i}", 2, adapter=names[32 + i % 28], max_tokens=8)
+    num_calls = 0
+
+    def count(_: object, event: str, __: object) -> None:
+        nonlocal num_calls
+        num_calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        plan = world.scheduler.schedule()
+    finally:
+        sys.setprofile(None)
+    assert sum(chunk.num_tokens == 2 for chunk in plan.chunks) >= 28
+    return num_calls
+
+
+def test_a_start_costs_the_same_however_many_adapters_wait() -> None:
+    assert calls_of_a_step(3000) < 1.5 * calls_of_a_step(300)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_line_for_room(seed: int) -> None:
+    """Against counting one by one: nobody's count is too low, nor higher than that of who came before; and if they have come
+    in order, all are exact.
+    """
+    rng, line = random.Random(seed), LineForRoom()
+    seqs: dict[int, Sequence] = {}
+    passed: dict[int, int] = {}
+    gone: list[Sequence] = []
+    in_order = seed % 2 == 0
+    for now in range(300):
+        if rng.random() < 0.4:
+            number = now if in_order else rng.choice([n for n in range(300) if n not in passed])
+            seqs[number] = gone.pop() if gone and not in_order else world_sequence()
+            seqs[number].number = number
+            passed[number] = seqs[number].passed_over
+            line.add(seqs[number])
+        elif rng.random() < 0.3 and seqs:
+            gone.append(seqs.pop(rng.choice([*seqs])))
+            line.remove(gone[-1])
+            assert gone[-1].passed_over >= passed.pop(gone[-1].number)
+        number = now if in_order else rng.randrange(300)
+        line.pass_over(number)
+        passed = {n: count + (n < number) for n, count in passed.items()}
+        assert [seq.number for seq in line] == sorted(seqs)
+        counts = [line._num_passed(i) for i in range(len(line))]
+        assert counts == sorted(counts, reverse=True)
+        assert line.num_passed_first == (counts[0] if counts else 0)
+        assert all(count >= passed[seq.number] for count, seq in zip(counts, line, strict=True))
+        if in_order:
+            assert counts == [passed[n] for n in sorted(seqs)]
+
+
+def world_sequence() -> Sequence:
+    return World().add("x", 1)
 
 
 @pytest.mark.parametrize("seed", range(40))
