@@ -58,7 +58,9 @@ class AdapterCatalog:
     """
 
     def __init__(self, adapters: Mapping[str, str] | None = None, adapter_dir: str | None = None) -> None:
-        self._dir = None if adapter_dir is None else Path(adapter_dir)
+        self._dir = (
+            None if adapter_dir is None else Path(adapter_dir).absolute()
+        )  # a relative path can look like a Hub id
         self._refs: dict[str, AdapterRef] = {}
         self._names: list[str] = []  # the keys of _refs, sorted
         self._versions: dict[str, int] = {}  # the highest number given out, of names that were registered or removed

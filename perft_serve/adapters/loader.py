@@ -3,6 +3,9 @@
 In: a source. Out: a `StagedAdapter`, or why there is none, as data. A thread fetches (which may hang on a network and then
 holds up nothing but itself), reads (`perft.adapter`: safetensors only, whole or not at all, fitting the base) and stages.
 Only the queue of results is shared with the engine's thread. It knows no names.
+
+A thread cannot be stopped. A load that takes too long is given up: it has failed, what it brings later finds no taker, and
+another may start in its place.
 """
 
 from __future__ import annotations
@@ -25,10 +28,12 @@ from perft.adapter import Adapter, read_adapter
 from perft.errors import AdapterError, printable
 from perft.moe import MoeBlock
 from perft_serve.adapters.arena import StagedAdapter
-from perft_serve.adapters.sources import fetched
+from perft_serve.adapters.sources import fetched, is_remote
 
-# Loads under way at once. One that hangs keeps its thread; when so many hang, nothing else can be loaded.
+# Loads under way at once, of local folders, and as many of remote sources: a network that hangs holds up no folder.
 MAX_LOADS = 8
+# After that long a load is given up: it hangs, or is of no use to who waits for it.
+LOAD_DEADLINE_SECONDS = 600.0
 # Of these, a few may compute at once, since cores are the engine's. On a disk that hangs nobody waits for long, though.
 _MAX_READING = max(1, min(MAX_LOADS, (os.cpu_count() or 1) // 4))
 _READING_PATIENCE_SECONDS = 2.0
@@ -55,13 +60,22 @@ class Loaded:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Load:
+    """A load under way."""
+
+    source: str
+    thread: threading.Thread
+    started: float
+
+
 class Loader:
     """Loads, each in a thread of its own.
 
     Args:
         blocks: MoE blocks of the base that adapters must fit.
         stage: makes of a checked adapter what the arena copies.
-        wake: called from a loading thread whenever a load has ended.
+        wake: called whenever a load has ended, mostly from a thread of the loader's.
     """
 
     def __init__(
@@ -72,45 +86,64 @@ class Loader:
         self._wake = wake
         self._results: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._reading = threading.Semaphore(_MAX_READING)
-        self._threads: dict[int, threading.Thread] = {}  # of loads that are not taken yet
+        self._loads: dict[int, _Load] = {}  # those that are not taken yet, in the order in which they were started
+        self._given_up: dict[int, threading.Thread] = {}
+        self._closed = threading.Event()
+        self._watching = threading.Lock()
+        self._watcher: threading.Thread | None = None  # while there are loads
 
     @property
     def num_loads(self) -> int:
         """Loads that were started and not yet taken."""
-        return len(self._threads)
+        return len(self._loads)
+
+    def has_slot(self, remote: bool) -> bool:
+        """Whether another load of a remote source, or of a local folder, may be started."""
+        return sum(is_remote(load.source) == remote for load in self._loads.values()) < MAX_LOADS
 
     @property
     def has_results(self) -> bool:
         """Whether `take_results` would give something."""
-        return not self._results.empty()
+        return not self._results.empty() or self._is_overdue()
 
     def start(self, number: int, source: str) -> None:
-        """Start a load; there must be fewer than `MAX_LOADS`.
+        """Start a load; there must be a slot for its kind of source.
 
         Its thread's tensor operations use one core, or they would compete with the engine's team of threads.
         `torch.set_num_threads` is the calling thread's own with OpenMP, but it is also what threads that are new to torch
         begin with; so it is set back here.
         """
-        assert self.num_loads < MAX_LOADS
-        if not self._threads:
+        assert self.has_slot(is_remote(source))
+        if not self._loads and not self._given_up:
             atexit.register(self.close)  # an interpreter that ends under a thread in torch aborts the process
         num_threads = torch.get_num_threads()
         ready = threading.Event()
         thread = threading.Thread(
             target=self._run, args=(number, source, ready), name=f"adapter-load-{number}", daemon=True
         )
-        self._threads[number] = thread
+        self._loads[number] = _Load(source=source, thread=thread, started=time.monotonic())
         thread.start()
         ready.wait()
         torch.set_num_threads(num_threads)
+        self._watch()
 
     def take_results(self) -> list[Loaded]:
-        """Loads that have ended since the last call."""
+        """Loads that have ended, or were given up, since the last call."""
         results = []
         while not self._results.empty():
-            results.append(self._results.get())
-            del self._threads[results[-1].number]
-        if results and not self._threads:
+            loaded = self._results.get()
+            if self._given_up.pop(loaded.number, None) is None:
+                del self._loads[loaded.number]
+                results.append(loaded)
+        while self._is_overdue():
+            number = next(iter(self._loads))
+            load = self._loads.pop(number)
+            self._given_up[number] = load.thread
+            seconds = time.monotonic() - load.started
+            error = f"reading it from its source was given up after {seconds:.0f} seconds"
+            _logger.warning("cannot load the adapter at %r: %s", load.source, error)
+            results.append(Loaded(number=number, staged=None, error=error, seconds=seconds))
+        if not self._loads and not self._given_up:
             atexit.unregister(self.close)
         return results
 
@@ -131,9 +164,33 @@ class Loader:
     def close(self) -> None:
         """Wait for loads under way, but not for long; one that hangs ends with the process."""
         atexit.unregister(self.close)
+        self._closed.set()
         deadline = time.monotonic() + _CLOSING_PATIENCE_SECONDS
-        for thread in self._threads.values():
+        for thread in [*(load.thread for load in self._loads.values()), *self._given_up.values()]:
             thread.join(max(deadline - time.monotonic(), 0))
+
+    def _is_overdue(self) -> bool:
+        """Whether the load that was started first is to be given up."""
+        first = next(iter(self._loads.values()), None)
+        return first is not None and time.monotonic() - first.started >= LOAD_DEADLINE_SECONDS
+
+    def _watch(self) -> None:
+        """See to it that somebody looks for overdue loads: an engine that waits for nothing else does not look by itself."""
+        with self._watching:
+            if self._watcher is None:
+                self._watcher = threading.Thread(target=self._wake_now_and_then, name="adapter-load-watch", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no thread left: whoever looks next finds them
+                    self._watcher.start()
+                if self._watcher.ident is None:
+                    self._watcher = None
+
+    def _wake_now_and_then(self) -> None:
+        while not self._closed.wait(LOAD_DEADLINE_SECONDS / 20):
+            with self._watching:
+                if not self._loads:
+                    self._watcher = None
+                    return
+            self._wake()
 
     def _run(self, number: int, source: str, ready: threading.Event) -> None:
         torch.set_num_threads(1)

@@ -29,6 +29,14 @@ _LOCAL_SCHEMES = ("file", "local")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
+def is_remote(source: str) -> bool:
+    """Whether a source is read over a network, as far as its text says; nothing is looked at, so this cannot hang."""
+    scheme = _SCHEME.match(source)
+    if scheme is not None:
+        return scheme["scheme"].lower() not in _LOCAL_SCHEMES
+    return not os.path.isabs(source) and not source.startswith((".", "~")) and _hub_id(source) is not None
+
+
 @contextmanager
 def fetched(source: str) -> Iterator[Path]:
     """A folder with the files of the adapter at `source`, for as long as the context lasts. It may take long.

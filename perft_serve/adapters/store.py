@@ -5,9 +5,9 @@ resident adapters, statuses, numbers. It knows no requests and no batch, and lea
 thread uses it. No call's time grows with the number of adapters that are known.
 
 An *entry* here is one version of a name, a *content* what an adapter computes, by its digest: entries of equal content share
-its memory. Loads start in the order in which they were asked for, `MAX_LOADS` at once; none starts while requests wait for
-all that host memory holds, so a crowd of waiting adapters cannot push one another out. Files that change while requests run
-on them end those requests: no request sees two contents.
+its memory. Loads start in the order in which they were asked for, so many at once of local folders and so many of remote
+sources (`loader.py`); none starts while requests wait for all that host memory holds, so a crowd of waiting adapters cannot
+push one another out. Files that change while requests run on them end those requests: no request sees two contents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, TypeAlias
 from perft.errors import AdapterError
 from perft_serve.adapters.arena import AdapterArena, StagedAdapter
 from perft_serve.adapters.catalog import AdapterRef
-from perft_serve.adapters.loader import MAX_LOADS, Loaded, Loader
+from perft_serve.adapters.loader import Loaded, Loader
+from perft_serve.adapters.sources import is_remote
 from perft_serve.adapters.status import AdapterMemory, AdapterState, AdapterStatus, Hold, Lease, load_failure
 from perft_serve.adapters.tiers import Content, Tiers
 
@@ -88,7 +89,8 @@ class AdapterStore:
         self._entries: dict[str, dict[int, _Entry]] = {}  # by name and version
         self._entries_of: dict[str, dict[_Key, _Entry]] = {}  # by digest, of contents that are in a tier
         self._retired: dict[str, int] = {}  # name to the highest version that is retired
-        self._pending: dict[_Key, _Entry] = {}  # to be loaded, first come first
+        # to be loaded, first come first: from local folders, from remote sources
+        self._pending: tuple[dict[_Key, _Entry], dict[_Key, _Entry]] = ({}, {})
         self._loading: dict[int, _Entry] = {}  # by number of the load
         self._failed: dict[_Key, tuple[float, str]] = {}  # loads that failed lately: when and why, in that order
         self._changed: dict[_Key, _Entry] = {}
@@ -130,7 +132,7 @@ class AdapterStore:
             elif entry.content is None and entry.error is not None:
                 self._forget(entry)
             elif not entry.is_warmed:
-                self._pending.pop(entry.key, None)
+                self._queue(entry).pop(entry.key, None)
         self._nudge()
 
     def acquire(self, ref: AdapterRef) -> Lease | Hold:
@@ -295,7 +297,7 @@ class AdapterStore:
         state: AdapterState
         if entry.content is not None:
             state = "resident" if entry.content.is_resident else "host"
-        elif entry.load_number is not None or entry.key in self._pending:
+        elif entry.load_number is not None or entry.key in self._queue(entry):
             state = "loading"
         else:
             state = "registered" if entry.error is None else "failed"
@@ -334,7 +336,7 @@ class AdapterStore:
         if not versions:
             del self._entries[entry.ref.name]
         self._changed.pop(entry.key, None)
-        self._pending.pop(entry.key, None)
+        self._queue(entry).pop(entry.key, None)
         entry.load_number = None  # what is being loaded for it will find no taker
         content = entry.content
         if content is not None:
@@ -346,8 +348,8 @@ class AdapterStore:
                 self._tiers.drop(content)
 
     def _want(self, entry: _Entry) -> None:
-        if entry.load_number is None and entry.key not in self._pending:
-            self._pending[entry.key] = entry
+        if entry.load_number is None and entry.key not in self._queue(entry):
+            self._queue(entry)[entry.key] = entry
             self._note(entry)
             self._start_loads()
 
@@ -358,11 +360,23 @@ class AdapterStore:
         return self._failed[key][1] if key in self._failed else None
 
     def _can_start_a_load(self) -> bool:
-        return bool(self._pending) and self._tiers.has_host_room and self._loader.num_loads < MAX_LOADS
+        return self._next_queue() is not None
+
+    def _queue(self, entry: _Entry) -> dict[_Key, _Entry]:
+        """Where an entry waits for its load."""
+        return self._pending[is_remote(entry.ref.source)]
+
+    def _next_queue(self) -> dict[_Key, _Entry] | None:
+        """Where somebody waits whose load can be started now."""
+        if not self._tiers.has_host_room:
+            return None
+        return next(
+            (queue for i, queue in enumerate(self._pending) if queue and self._loader.has_slot(remote=i > 0)), None
+        )
 
     def _start_loads(self) -> None:
-        while self._can_start_a_load():
-            entry = self._pending.pop(next(iter(self._pending)))
+        while (queue := self._next_queue()) is not None:
+            entry = queue.pop(next(iter(queue)))
             entry.load_number = next(self._load_numbers)
             self._loading[entry.load_number] = entry
             self._loader.start(entry.load_number, entry.ref.source)

@@ -168,6 +168,42 @@ def test_loads_that_hang_hold_up_nobody_else(
     assert len(loader.take_results()) == MAX_LOADS - 1
 
 
+def test_loads_that_hang_are_given_up(
+    loader: Loader, woken: threading.Semaphore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that hang, remote or not: others can be loaded in their place, and what they bring later finds no taker."""
+    source = make_adapter(tmp_path / "a")
+    network = threading.Event()
+
+    @contextmanager
+    def fetched(where: str) -> Iterator[Path]:
+        if where != source:
+            assert network.wait(30)
+        yield Path(source)
+
+    monkeypatch.setattr(loader_module, "fetched", fetched)
+    monkeypatch.setattr(loader_module, "LOAD_DEADLINE_SECONDS", 0.2)
+    for i in range(MAX_LOADS):
+        loader.start(i, "s3://bucket/hangs")
+    assert not loader.has_slot(remote=True)
+    assert loader.has_slot(remote=False)
+    loader.start(99, source)
+    seen: dict[int, Loaded] = {}
+    while len(seen) < MAX_LOADS + 1:
+        assert woken.acquire(timeout=30), "an engine that waits for nothing else must be woken"
+        seen |= {loaded.number: loaded for loaded in loader.take_results()}
+    assert staged(seen.pop(99)).digest == read(source).digest
+    assert {loaded.error for loaded in seen.values()} == {"reading it from its source was given up after 0 seconds"}
+    assert loader.num_loads == 0
+    assert loader.has_slot(remote=True)
+    network.set()
+    for thread in loader._given_up.values():
+        thread.join(30)
+    assert loader.has_results
+    assert loader.take_results() == []
+    assert not loader._given_up
+
+
 def test_a_disk_that_hangs_holds_up_nobody_for_long(
     loader: Loader, woken: threading.Semaphore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

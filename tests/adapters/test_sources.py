@@ -19,7 +19,7 @@ from staging import make_adapter, read
 
 from perft.adapter import WEIGHTS_FILE as WEIGHTS_FILE_OF_PERFT
 from perft.errors import AdapterError
-from perft_serve.adapters.sources import WEIGHTS_FILE, SourcePolicy, fetched
+from perft_serve.adapters.sources import WEIGHTS_FILE, SourcePolicy, fetched, is_remote
 
 
 def digest_at(source: str) -> str:
@@ -29,6 +29,26 @@ def digest_at(source: str) -> str:
 
 def test_the_file_is_called_the_same_everywhere() -> None:
     assert WEIGHTS_FILE == WEIGHTS_FILE_OF_PERFT
+
+
+@pytest.mark.parametrize(
+    ("source", "remote"),
+    [
+        ("/a/b", False),
+        ("./a", False),
+        ("~/a", False),
+        ("file:///a", False),
+        ("folder", False),
+        ("a/b/c", False),
+        ("org/name", True),
+        ("org/name@main", True),
+        ("hf://org/name", True),
+        ("s3://bucket/a", True),
+        ("memory://a", True),
+    ],
+)
+def test_what_is_read_over_a_network(source: str, remote: bool) -> None:
+    assert is_remote(source) == remote
 
 
 def test_a_folder_is_used_where_it_is(tmp_path: Path) -> None:

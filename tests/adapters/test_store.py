@@ -604,6 +604,34 @@ def test_a_load_that_hangs_holds_up_nobody(
     assert isinstance(d.store.acquire(slow_ref), Lease)
 
 
+def test_a_network_that_hangs_holds_up_no_folder(
+    driven: Callable[..., Driven], make_ref: MakeRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = threading.Event()
+
+    @contextmanager
+    def slow(source: str) -> Iterator[Path]:
+        if source.startswith("s3://"):
+            assert network.wait(30)
+            raise AdapterError("the network is back, but not the adapter")
+        with fetched(source) as folder:
+            yield folder
+
+    monkeypatch.setattr(loader_module, "fetched", slow)
+    d, quick = driven(500), make_ref("quick")
+    remote = [AdapterRef(name=f"r{i}", source=f"s3://bucket/{i}") for i in range(2 * MAX_LOADS)]
+    for ref in (*remote, quick):
+        d.store.enter(ref)
+    while d.status(quick).state != "host":
+        assert d.woken.wait(30)
+        d.woken.clear()
+        d.store.poll()
+    assert {d.status(ref).state for ref in remote} == {"loading"}
+    network.set()
+    d.settle()
+    assert {d.status(ref).state for ref in remote} == {"failed"}
+
+
 def test_hundreds_of_refs_in_room_for_a_few(driven: Callable[..., Driven], make_ref: MakeRef) -> None:
     """Far more adapters than room: each gets its turn, and what was evicted is wiped."""
     kinds = list(CONFIGS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from perft.errors import AdapterError
 from perft_serve.adapters import tiers as tiers_module
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.adapters.catalog import AdapterRef
-from perft_serve.adapters.loader import MAX_LOADS, Loaded, Loader
+from perft_serve.adapters.loader import Loaded, Loader, _Load
 from perft_serve.adapters.status import AdapterStatus, Lease
 from perft_serve.adapters.store import AdapterStore
 
@@ -40,8 +41,8 @@ class SteppedLoader(Loader):
         self._started: list[tuple[int, str]] = []
 
     def start(self, number: int, source: str) -> None:
-        assert self.num_loads < MAX_LOADS
-        self._threads[number] = threading.current_thread()
+        assert self.has_slot(remote=False)
+        self._loads[number] = _Load(source="/", thread=threading.current_thread(), started=time.monotonic())
         self._started.append((number, source))
 
     def finish(self, which: int) -> None:
@@ -210,7 +211,7 @@ class Model:
         self.pinned.clear()
         self.check()
         store, memory = self.store, self.store.memory()
-        assert not any((store._entries, store._entries_of, store._pending, store._loading))
+        assert not any((store._entries, store._entries_of, *store._pending, store._loading))
         assert not any((store._tiers._contents, store._tiers._incoming, store._tiers._pins_waiting))
         assert (memory.arena_used_bytes, memory.host_used_bytes, memory.num_resident) == (0, 0, 0)
         assert self.arena.num_free_rows == NUM_ROWS
