@@ -122,7 +122,14 @@ class Loader:
             target=self._run, args=(number, source, ready), name=f"adapter-load-{number}", daemon=True
         )
         self._loads[number] = _Load(source=source, thread=thread, started=time.monotonic())
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            _logger.warning("cannot load the adapter at %r", source, exc_info=True)
+            error = "the server has no thread left to read it with; try again later"
+            self._results.put(Loaded(number=number, staged=None, error=error, seconds=0.0))
+            self._wake()
+            return
         ready.wait()
         torch.set_num_threads(num_threads)
         self._watch()
@@ -167,7 +174,8 @@ class Loader:
         self._closed.set()
         deadline = time.monotonic() + _CLOSING_PATIENCE_SECONDS
         for thread in [*(load.thread for load in self._loads.values()), *self._given_up.values()]:
-            thread.join(max(deadline - time.monotonic(), 0))
+            if thread.ident is not None:  # else it could not be started
+                thread.join(max(deadline - time.monotonic(), 0))
 
     def _is_overdue(self) -> bool:
         """Whether the load that was started first is to be given up."""

@@ -204,6 +204,26 @@ def test_loads_that_hang_are_given_up(
     assert not loader._given_up
 
 
+def test_a_thread_that_cannot_be_started(
+    loader: Loader, woken: threading.Semaphore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    source = make_adapter(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        loader.start(0, source)
+    assert woken.acquire(timeout=1)
+    loader.close()
+    assert [loaded.error for loaded in loader.take_results()] == [
+        "the server has no thread left to read it with; try again later"
+    ]
+    loader.start(1, source)
+    assert woken.acquire(timeout=30)
+    assert staged(loader.take_results()[0]).digest == read(source).digest
+
+
 def test_a_disk_that_hangs_holds_up_nobody_for_long(
     loader: Loader, woken: threading.Semaphore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
