@@ -28,7 +28,7 @@ from perft.adapter import Adapter, read_adapter
 from perft.errors import AdapterError, printable
 from perft.moe import MoeBlock
 from perft_serve.adapters.arena import StagedAdapter
-from perft_serve.adapters.sources import fetched, is_remote
+from perft_serve.adapters.sources import check_sizes, fetched, is_remote
 
 # Loads under way at once, of local folders, and as many of remote sources: a network that hangs holds up no folder.
 MAX_LOADS = 8
@@ -76,14 +76,20 @@ class Loader:
         blocks: MoE blocks of the base that adapters must fit.
         stage: makes of a checked adapter what the arena copies.
         wake: called whenever a load has ended, mostly from a thread of the loader's.
+        max_bytes: of an adapter's weights as a file; larger ones are not read.
     """
 
     def __init__(
-        self, blocks: Sequence[MoeBlock], stage: Callable[[Adapter], StagedAdapter], wake: Callable[[], None]
+        self,
+        blocks: Sequence[MoeBlock],
+        stage: Callable[[Adapter], StagedAdapter],
+        wake: Callable[[], None],
+        max_bytes: int | None = None,
     ) -> None:
         self._blocks = tuple(blocks)
         self._stage = stage
         self._wake = wake
+        self._max_bytes = max_bytes
         self._results: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._reading = threading.Semaphore(_MAX_READING)
         self._loads: dict[int, _Load] = {}  # those that are not taken yet, in the order in which they were started
@@ -209,7 +215,8 @@ class Loader:
         self._wake()
 
     def _load(self, source: str) -> StagedAdapter:
-        with fetched(source) as folder:
+        with fetched(source, self._max_bytes) as folder:
+            check_sizes(folder, self._max_bytes)
             in_turn = self._reading.acquire(timeout=_READING_PATIENCE_SECONDS)
             try:
                 return self._stage(read_adapter(folder, self._blocks))

@@ -2,7 +2,8 @@
 
 A source is a local folder, a Hugging Face Hub repository (`org/name`, `org/name@revision`, `hf://org/name@revision`), or a URL
 that fsspec knows (`s3://bucket/folder`, `gs://...`, `memory://...`, `file://...`). A folder that exists goes before a
-repository of that name. Only the two files of an adapter are fetched, and nothing here opens them.
+repository of that name. Only the two files of an adapter are fetched, and nothing here opens them. What is larger than can be
+of use is not fetched, where its source tells the size beforehand.
 
 Messages do not name the source: whoever asked for it knows it, and others need not.
 """
@@ -13,7 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,6 +24,7 @@ from perft_serve.adapters.catalog import CONFIG_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://")
+_MAX_CONFIG_BYTES = 1 << 20
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^@\s]+))?")
 _LOCAL_SCHEMES = ("file", "local")
 # Extras of this project that bring what fsspec needs for a scheme; for others fsspec says itself what is missing.
@@ -38,8 +40,11 @@ def is_remote(source: str) -> bool:
 
 
 @contextmanager
-def fetched(source: str) -> Iterator[Path]:
+def fetched(source: str, max_bytes: int | None = None) -> Iterator[Path]:
     """A folder with the files of the adapter at `source`, for as long as the context lasts. It may take long.
+
+    Args:
+        max_bytes: of the weights; larger ones are not fetched from elsewhere if that can be told before.
 
     Raises:
         AdapterError: there is none, or it cannot be reached; an exception of the store's own library can come as well.
@@ -54,15 +59,33 @@ def fetched(source: str) -> Iterator[Path]:
             raise AdapterError("its folder does not exist")
         yield folder
     elif (hub := _hub_id(source)) is not None:
-        yield _fetch_from_hub(*hub)
+        yield _fetch_from_hub(*hub, max_bytes)
     elif _SCHEME.match(source):
         with tempfile.TemporaryDirectory(prefix="perft-adapter-") as private:
-            _fetch_url(source, Path(private))
+            _fetch_url(source, Path(private), max_bytes)
             yield Path(private)
     else:
         raise AdapterError(
             "its source is no folder that exists, no Hub id (org/name or org/name@revision) and no URL (s3://...)"
         )
+
+
+def check_sizes(folder: Path, max_bytes: int | None) -> None:
+    """Refuse an adapter that is too large to be read. A file that is not there is for the reader to tell.
+
+    Raises:
+        AdapterError: its weights have more than `max_bytes`, or its configuration is no configuration.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with suppress(OSError):
+            _check_size(name, (folder / name).stat().st_size, max_bytes)
+
+
+def _check_size(name: str, num_bytes: int | None, max_bytes: int | None) -> None:
+    limit = _MAX_CONFIG_BYTES if name == CONFIG_FILE else max_bytes
+    if num_bytes is not None and limit is not None and num_bytes > limit:
+        advice = "; start the server with a larger --adapter-memory" if name == WEIGHTS_FILE else ""
+        raise AdapterError(f"its {name} has {num_bytes:,} bytes, and no more than {limit:,} are read here{advice}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,10 +161,11 @@ def _hub_id(source: str) -> tuple[str, str | None] | None:
     return None if match is None else (match["repo"], match["revision"])
 
 
-def _fetch_from_hub(repo: str, revision: str | None) -> Path:
+def _fetch_from_hub(repo: str, revision: str | None, max_bytes: int | None) -> Path:
     # not needed by who serves local folders only, and slow to import
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        DryRunError,
         EntryNotFoundError,
         GatedRepoError,
         HFValidationError,
@@ -150,8 +174,15 @@ def _fetch_from_hub(repo: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    wanted = [CONFIG_FILE, WEIGHTS_FILE]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        if max_bytes is not None:
+            with suppress(DryRunError):  # the Hub is out of reach, but what is wanted may be in the local cache
+                for file in snapshot_download(repo, revision=revision, allow_patterns=wanted, dry_run=True):
+                    _check_size(file.filename, file.file_size, max_bytes)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except AdapterError:
+        raise
     except GatedRepoError as error:
         raise AdapterError("its Hub repository is gated: ask for access, and set HF_TOKEN on the server") from error
     except RepositoryNotFoundError as error:
@@ -173,7 +204,7 @@ def _fetch_from_hub(repo: str, revision: str | None) -> Path:
         raise AdapterError(f"its Hub repository cannot be fetched ({type(error).__name__})") from error
 
 
-def _fetch_url(source: str, folder: Path) -> None:
+def _fetch_url(source: str, folder: Path, max_bytes: int | None) -> None:
     import fsspec  # as above
 
     scheme = source.partition("://")[0].lower()
@@ -190,7 +221,11 @@ def _fetch_url(source: str, folder: Path) -> None:
     file_system.invalidate_cache()  # listings that were kept may be older than the files
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         try:
-            file_system.get_file(f"{path.rstrip('/')}/{name}", os.fspath(folder / name))
+            remote = f"{path.rstrip('/')}/{name}"
+            _check_size(name, file_system.info(remote).get("size"), max_bytes)
+            file_system.get_file(remote, os.fspath(folder / name))
+        except AdapterError:
+            raise
         except FileNotFoundError as error:
             raise AdapterError(f"there is no {name} at its source") from error
         except PermissionError as error:

@@ -28,6 +28,10 @@ from perft_serve.adapters.tiers import Content, Tiers
 # A source that could not be read is left alone for so long, however many requests come for it: they share the reason.
 RETRY_SECONDS = 1.0
 
+# A file of weights that fills the arena has float32 at the most, and in front of them names and shapes.
+_MAX_ITEM_BYTES = 4
+_HEADER_BYTES = 1 << 20
+
 _Key: TypeAlias = "tuple[str, int]"
 
 
@@ -84,7 +88,8 @@ class AdapterStore:
         self._host_bytes = host_bytes
         self._wake = wake if wake is not None else lambda: None
         self._tiers = Tiers(arena, host_bytes, self._on_move, self._on_refused_pin)
-        self._loader = Loader(arena.blocks, arena.stage, self._wake)
+        max_bytes = arena.rows_SD.numel() * _MAX_ITEM_BYTES + _HEADER_BYTES
+        self._loader = Loader(arena.blocks, arena.stage, self._wake, max_bytes)
         self._load_numbers = itertools.count()
         self._entries: dict[str, dict[int, _Entry]] = {}  # by name and version
         self._entries_of: dict[str, dict[_Key, _Entry]] = {}  # by digest, of contents that are in a tier

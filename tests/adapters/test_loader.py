@@ -122,7 +122,7 @@ def test_reasons_can_be_encoded(
     assert woken.acquire(timeout=30)
     assert r"w\udcff.bin: pickled weights" in (loader.take_results()[0].error or "").encode().decode()
 
-    def fetched(source: str) -> None:
+    def fetched(source: str, max_bytes: int | None) -> None:
         raise AdapterError(f"no \udcff in {source}")
 
     monkeypatch.setattr(loader_module, "fetched", fetched)
@@ -134,7 +134,7 @@ def test_reasons_can_be_encoded(
 def test_an_exception_of_somebody_elses_library_is_a_reason_too(
     loader: Loader, woken: threading.Semaphore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fetched(source: str) -> None:
+    def fetched(source: str, max_bytes: int | None) -> None:
         raise RuntimeError(f"token 12345 refused for {source}")
 
     monkeypatch.setattr(loader_module, "fetched", fetched)
@@ -151,7 +151,7 @@ def test_loads_that_hang_hold_up_nobody_else(
     network = threading.Event()
 
     @contextmanager
-    def fetched(where: str) -> Iterator[Path]:
+    def fetched(where: str, max_bytes: int | None) -> Iterator[Path]:
         if where == "hangs":
             assert network.wait(30)
         yield Path(source)
@@ -176,7 +176,7 @@ def test_loads_that_hang_are_given_up(
     network = threading.Event()
 
     @contextmanager
-    def fetched(where: str) -> Iterator[Path]:
+    def fetched(where: str, max_bytes: int | None) -> Iterator[Path]:
         if where != source:
             assert network.wait(30)
         yield Path(source)

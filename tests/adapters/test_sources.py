@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import (
+    DryRunError,
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
@@ -19,7 +21,7 @@ from staging import make_adapter, read
 
 from perft.adapter import WEIGHTS_FILE as WEIGHTS_FILE_OF_PERFT
 from perft.errors import AdapterError
-from perft_serve.adapters.sources import WEIGHTS_FILE, SourcePolicy, fetched, is_remote
+from perft_serve.adapters.sources import WEIGHTS_FILE, SourcePolicy, check_sizes, fetched, is_remote
 
 
 def digest_at(source: str) -> str:
@@ -75,6 +77,27 @@ def test_fsspec_in_memory_and_on_disk(tmp_path: Path) -> None:
     ):
         pass
     memory.rm("/bucket", recursive=True)
+
+
+def test_what_is_too_large_is_not_fetched(tmp_path: Path) -> None:
+    source = make_adapter(tmp_path / "a")
+    memory = fsspec.filesystem("memory")
+    memory.put(source, "/bucket/a", recursive=True)
+    size = (tmp_path / "a" / WEIGHTS_FILE).stat().st_size
+    with fetched("memory://bucket/a", size) as folder:
+        assert read(str(folder)).digest == read(source).digest
+        check_sizes(folder, size)
+        with pytest.raises(AdapterError, match="has"):
+            check_sizes(folder, size - 1)
+    message = rf"its adapter_model\.safetensors has {size:,} bytes, and no more than {size - 1:,} are read here"
+    with pytest.raises(AdapterError, match=message), fetched("memory://bucket/a", size - 1):
+        pass
+    memory.rm("/bucket", recursive=True)
+    with (tmp_path / "a" / "adapter_config.json").open("ab") as file:
+        file.truncate(1 << 21)
+    with pytest.raises(AdapterError, match=r"its adapter_config\.json has 2,097,152 bytes"):
+        check_sizes(tmp_path / "a", None)
+    check_sizes(tmp_path / "nowhere", 1)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +158,26 @@ class TestHub:
         assert digest_at(source) == read(snapshot).digest
         wanted = ["adapter_config.json", "adapter_model.safetensors"]
         assert calls == [(repo, {"revision": revision, "allow_patterns": wanted})]
+
+    def test_what_is_too_large_is_not_fetched(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        snapshot = make_adapter(tmp_path / "snapshot")
+        size: int | None = 1000
+
+        def download(repo_id: str, *, dry_run: bool = False, **_: object) -> str | list[SimpleNamespace]:
+            if not dry_run:
+                return snapshot
+            if size is None:
+                raise DryRunError("no network")
+            return [SimpleNamespace(filename=WEIGHTS_FILE, file_size=size)]
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        with pytest.raises(AdapterError, match="has 1,000 bytes, and no more than 999"), fetched("org/name", 999):
+            pass
+        with fetched("org/name", 1000) as folder:
+            assert folder == Path(snapshot)
+        size = None
+        with fetched("org/name", 1) as folder:
+            assert folder == Path(snapshot), "it may be in the cache"
 
     def test_a_folder_goes_before_a_repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_adapter(tmp_path / "org/name")

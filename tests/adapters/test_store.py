@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from staging import CONFIGS, HIDDEN, Driven, assert_is_in, assert_zero_outside, make_adapter, num_rows, read
+import torch
+from staging import CONFIGS, HIDDEN, Driven, assert_is_in, assert_zero_outside, make_adapter, make_arena, num_rows, read
 
 from perft.errors import AdapterError
 from perft_serve.adapters import loader as loader_module
@@ -539,6 +540,30 @@ def test_an_adapter_larger_than_the_arena_fails_with_the_numbers(
     assert d.store.memory().host_used_bytes == 0
 
 
+def test_a_file_that_the_arena_cannot_hold_is_not_read(
+    driven: Callable[..., Driven], make_ref: MakeRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 file may fill an arena of bfloat16; of a larger one nothing comes into memory."""
+
+    def read_adapter(*_: object) -> None:
+        raise AssertionError("it is read")
+
+    monkeypatch.setattr(loader_module, "read_adapter", read_adapter)
+    d, ref = driven(S), make_ref("a")
+    limit = S * ROW + (1 << 20)
+    with (Path(ref.source) / "adapter_model.safetensors").open("ab") as file:
+        file.truncate(limit + 1)
+    d.store.enter(ref)
+    d.settle()
+    with pytest.raises(
+        AdapterError,
+        match=f"has {limit + 1:,} bytes, and no more than {limit:,} are read here; start .* --adapter-memory",
+    ):
+        d.store.acquire(ref)
+    d.store.leave(ref)
+    assert make_arena(S, torch.bfloat16).rows_SD.numel() * 4 == S * ROW
+
+
 def test_files_that_change_under_running_requests(driven: Callable[..., Driven], make_ref: MakeRef) -> None:
     """A request that was preempted must not go on with other weights; requests that come later take them."""
     d, a, b, other = driven(S, host_bytes=0), make_ref("a"), make_ref("b"), make_ref("other")
@@ -580,10 +605,10 @@ def test_a_load_that_hangs_holds_up_nobody(
     network = threading.Event()
 
     @contextmanager
-    def slow(source: str) -> Iterator[Path]:
+    def slow(source: str, max_bytes: int | None) -> Iterator[Path]:
         if "slow" in source:
             assert network.wait(30)
-        with fetched(source) as folder:
+        with fetched(source, max_bytes) as folder:
             yield folder
 
     monkeypatch.setattr(loader_module, "fetched", slow)
@@ -610,11 +635,11 @@ def test_a_network_that_hangs_holds_up_no_folder(
     network = threading.Event()
 
     @contextmanager
-    def slow(source: str) -> Iterator[Path]:
+    def slow(source: str, max_bytes: int | None) -> Iterator[Path]:
         if source.startswith("s3://"):
             assert network.wait(30)
             raise AdapterError("the network is back, but not the adapter")
-        with fetched(source) as folder:
+        with fetched(source, max_bytes) as folder:
             yield folder
 
     monkeypatch.setattr(loader_module, "fetched", slow)
