@@ -31,14 +31,15 @@ class InputProcessor:
         """Token ids of a prompt.
 
         Raises:
-            RequestError: the prompt is empty, is text for a base without a tokenizer, or has an id that is not in the
-                vocabulary.
+            RequestError: the prompt is empty, is text for a base without a tokenizer, is longer than the context, or has an id
+                that is not in the vocabulary.
         """
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty: send at least one character", param="prompt")
             if self.tokenizer is None:
                 raise RequestError("this model has no tokenizer: send the prompt as token ids", param="prompt")
+            self._limits.check_characters(len(prompt), self.tokenizer.max_token_characters)
             ids = tuple(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
         else:
             ids = tuple(prompt)
@@ -49,11 +50,14 @@ class InputProcessor:
         """Token ids of a conversation, open for the assistant's answer.
 
         Raises:
-            RequestError: there is no tokenizer or no chat template, or the template refuses the messages.
+            RequestError: there is no tokenizer or no chat template, the template refuses the messages, or they are longer than
+                the context.
         """
         if self.tokenizer is None:
             raise RequestError("this model has no tokenizer: use completions with token ids", param="messages")
-        ids = tuple(self.tokenizer.encode_chat(messages))
+        text = self.tokenizer.render_chat(messages)
+        self._limits.check_characters(len(text), self.tokenizer.max_token_characters)
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         self._limits.check_prompt(ids)
         return ids
 

@@ -40,6 +40,9 @@ class TextTokenizer:
     Encoding and decoding are safe to call from several threads; everything goes straight to the Rust tokenizer, which
     is never reconfigured.
 
+    Attributes:
+        max_token_characters: length of the longest piece of its vocabulary.
+
     Args:
         tokenizer: a `transformers` tokenizer that is backed by the `tokenizers` library.
 
@@ -64,6 +67,7 @@ class TextTokenizer:
         self._anchor_ids = anchor[-1:]
         self._anchor_text = self.decode(self._anchor_ids)
         self._token_texts: dict[int, str] = {}
+        self.max_token_characters = max(len(piece) for piece in backend.get_vocab(with_added_tokens=True))
 
     @property
     def has_chat_template(self) -> bool:
@@ -77,7 +81,10 @@ class TextTokenizer:
             RequestError: `text` cannot be written as UTF-8 (it has a lone surrogate).
         """
         check_unicode(text, param="prompt")
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one: unlike `encode` it lets go of Python's lock, without which the whole server would stand still, and
+        # unlike `encode_batch` it keeps no offsets, which take half of the time.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -85,8 +92,8 @@ class TextTokenizer:
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
         return text
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation in the tokenizer's own template, open for the assistant's answer.
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation in the tokenizer's own template, open for the assistant's answer. Its special tokens are in it.
 
         Raises:
             RequestError: the tokenizer has no chat template, or the template refuses these messages.
@@ -104,7 +111,7 @@ class TextTokenizer:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
-        return self.encode(text, add_special_tokens=False)
+        return text
 
     def token_text(self, token_id: int) -> str:
         """Text of one token as it stands inside a text: its leading space is kept, a piece of a character is U+FFFD."""

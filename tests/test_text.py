@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -182,15 +184,38 @@ def test_tokens_have_the_text_and_bytes_they_have_inside_a_text(
 
 
 def test_chat_uses_the_tokenizers_own_template(tokenizer: TextTokenizer) -> None:
-    ids = tokenizer.encode_chat([{"role": "user", "content": "hi"}])
-    assert tokenizer.decode(ids) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    text = tokenizer.render_chat([{"role": "user", "content": "hi"}])
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     with pytest.raises(RequestError, match="the user speaks first"):
-        tokenizer.encode_chat([{"role": "assistant", "content": "hi"}])
+        tokenizer.render_chat([{"role": "assistant", "content": "hi"}])
 
 
 def test_chat_without_a_template_says_so(fallback_tokenizer: TextTokenizer) -> None:
     with pytest.raises(RequestError, match="no chat template"):
-        fallback_tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+        fallback_tokenizer.render_chat([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("text", ["", "a", "<|im_start|>user\nhi 🦊<|im_end|>", " ".join(map(str, range(999)))])
+def test_ids_are_those_that_transformers_gives(
+    tokenizer: TextTokenizer, tiny_tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
+    for special in (True, False):
+        ids = tiny_tokenizer(text, add_special_tokens=special)["input_ids"]
+        assert tokenizer.encode(text, add_special_tokens=special) == ids
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: TextTokenizer) -> None:
+    text = "the quick brown fox, " * 100_000
+    work = threading.Thread(target=tokenizer.encode, args=(text,))
+    start = last = time.perf_counter()
+    work.start()
+    longest = 0.0
+    while work.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    assert last - start > 0.2, "too short a text to show anything"
+    assert longest < (last - start) / 3
 
 
 def test_a_lone_surrogate_is_refused(tokenizer: TextTokenizer) -> None:

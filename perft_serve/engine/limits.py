@@ -28,14 +28,32 @@ class Limits:
         """How many tokens the context has left after the prompt; negative if the prompt alone is too long."""
         return self.max_model_len - len(prompt_ids)
 
+    def check_characters(self, num_characters: int, max_token_characters: int) -> None:
+        """Refuse a text that cannot fit however it is tokenised, before work is put into it.
+
+        Args:
+            max_token_characters: the longest token's.
+
+        Raises:
+            RequestError: with the numbers.
+        """
+        if num_characters > self.max_model_len * max_token_characters:
+            raise RequestError(
+                f"the prompt has {num_characters} characters, but the context is {self.max_model_len} tokens of at most "
+                f"{max_token_characters} characters{self._why}: shorten the prompt",
+                param="prompt",
+            )
+
     def check_prompt(self, prompt_ids: Sequence[int]) -> None:
         """Refuse a prompt that is no prompt.
 
         Raises:
-            RequestError: it is empty, or holds what is not a token id of this base.
+            RequestError: it is empty, is longer than the context, or holds what is not a token id of this base.
         """
         if not prompt_ids:
             raise RequestError("the prompt is empty: send at least one token", param="prompt")
+        if self.room(prompt_ids) < 0:  # looked at first: the ids may be millions
+            raise self._too_long(len(prompt_ids), needed=1)
         for position, token_id in enumerate(prompt_ids):
             if type(token_id) is not int:
                 raise RequestError(
@@ -57,17 +75,21 @@ class Limits:
         room = self.room(prompt_ids)
         needed = 0 if params.max_tokens == 0 else 1
         if room < needed:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, but the context is {self.max_model_len} tokens, prompt and "
-                f"completion together{self._why}: shorten the prompt by {needed - room} or more",
-                param="prompt",
-            )
+            raise self._too_long(len(prompt_ids), needed=needed)
         if params.max_tokens is not None and params.max_tokens > room:
             raise RequestError(
                 f"max_tokens is {params.max_tokens}, but the context of {self.max_model_len} tokens has room for {room} after "
                 f"the prompt's {len(prompt_ids)}{self._why}",
                 param="max_tokens",
             )
+
+    def _too_long(self, num_tokens: int, *, needed: int) -> RequestError:
+        """The error for a prompt after which there is no room for `needed` tokens."""
+        return RequestError(
+            f"the prompt has {num_tokens} tokens, but the context is {self.max_model_len} tokens, prompt and completion "
+            f"together{self._why}: shorten the prompt by {num_tokens + needed - self.max_model_len} or more",
+            param="prompt",
+        )
 
     @property
     def _why(self) -> str:

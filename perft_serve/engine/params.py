@@ -8,6 +8,7 @@ from perft.errors import PerftError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 256
 
 
 class RequestError(PerftError):
@@ -67,6 +68,10 @@ class SamplingParams:
             if not isinstance(value, (list, tuple)):
                 raise RequestError(f"{name} must be a list, got {value!r}", param=name)
             object.__setattr__(self, name, tuple(value))
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"at most {MAX_STOP_TOKEN_IDS} stop token ids, got {len(self.stop_token_ids)}", param="stop_token_ids"
+            )
         self._check_ints()
         _check_float("temperature", self.temperature, 0.0, 2.0)
         _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)

@@ -31,7 +31,6 @@ from perft_serve.server.protocol import (
     DeletedAdapter,
     LoadLoraRequest,
     UnloadLoraRequest,
-    parse_request,
 )
 from perft_serve.server.service import Service
 
@@ -77,7 +76,7 @@ class AdapterEndpoints:
 
     async def create(self, request: Request) -> Response:
         """Registers, loads, reloads or pins an adapter."""
-        body = parse_request(AdapterRequest, await self._service.read_json(request))
+        body = await self._service.parse(AdapterRequest, await self._service.read_json(request))
         card, is_new = await self._finish(self._create(body))
         return _json(card, 201 if is_new else 200)
 
@@ -112,13 +111,13 @@ class AdapterEndpoints:
 
     async def load_lora(self, request: Request) -> Response:
         """vLLM's way to register and load an adapter."""
-        body = parse_request(LoadLoraRequest, await self._service.read_json(request))
+        body = await self._service.parse(LoadLoraRequest, await self._service.read_json(request))
         await self._finish(self._load_lora(body))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload_lora(self, request: Request) -> Response:
         """vLLM's way to delete an adapter; its requests are waited for."""
-        body = parse_request(UnloadLoraRequest, await self._service.read_json(request))
+        body = await self._service.parse(UnloadLoraRequest, await self._service.read_json(request))
         await self._delete(body.lora_name, force=False, param="lora_name")
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 

@@ -22,7 +22,6 @@ from perft_serve.server.protocol import (
     ChatMessage,
     ChatRequest,
     Usage,
-    parse_request,
 )
 from perft_serve.server.service import Generation, Prompt, ReplyFormat, Service, StreamMode
 
@@ -37,11 +36,12 @@ class ChatEndpoint:
         """Answers a conversation."""
         service = self._service
         arrival = time.monotonic()
-        body = parse_request(ChatRequest, await service.read_json(request))
+        raw = await service.read_json(request)
+        body = await service.parse(ChatRequest, raw)
         adapter = service.models.resolve(body.model)
-        messages = [message.as_dict() for message in body.messages]
-        num_characters = sum(len(message["content"]) for message in messages)
-        ids = await service.encode(num_characters, lambda: service.inputs.chat_ids(messages))
+        ids = await service.encode(
+            raw, lambda: service.inputs.chat_ids([message.as_dict() for message in body.messages])
+        )
         request_id: str = request.state.request_id
         requests = service.inputs.engine_requests(
             request_id, ids, body.params(), adapter=adapter, arrival=arrival, cache_scope=body.cache_scope

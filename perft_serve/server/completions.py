@@ -14,7 +14,7 @@ from starlette.responses import Response
 from perft_serve.engine.events import EngineRequest, TokenLogprobs
 from perft_serve.outputs import Delta
 from perft_serve.server.logprobs import LogprobFormat
-from perft_serve.server.protocol import Completion, CompletionChoice, CompletionRequest, Usage, parse_request
+from perft_serve.server.protocol import Completion, CompletionChoice, CompletionRequest, Usage
 from perft_serve.server.service import Generation, Prompt, ReplyFormat, Service, StreamMode
 
 
@@ -28,12 +28,12 @@ class CompletionEndpoint:
         """Completes one prompt or several."""
         service = self._service
         arrival = time.monotonic()
-        body = parse_request(CompletionRequest, await service.read_json(request))
+        raw = await service.read_json(request)
+        body = await service.parse(CompletionRequest, raw)
         adapter = service.models.resolve(body.model)
         given = body.prompts()
         service.client.check_number(len(given) * (body.n or 1))
-        num_characters = sum(len(prompt) for prompt in given if isinstance(prompt, str))
-        prompts = await service.encode(num_characters, lambda: self._encode(given, body))
+        prompts = await service.encode(raw, lambda: self._encode(given, body))
         request_id: str = request.state.request_id
         numbered: list[tuple[Prompt, Sequence[EngineRequest]]] = []
         for number, prompt in enumerate(prompts):

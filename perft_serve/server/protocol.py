@@ -98,6 +98,9 @@ class _FirstErrorOnly(FailFast):
 ItemT = TypeVar("ItemT")
 _List = Annotated[list[ItemT], _FirstErrorOnly()]
 
+# Of messages and their parts: far more than a context holds, and checked in a fraction of a second, in which nothing else runs.
+MAX_PARTS = 1 << 14
+
 
 class _Request(BaseModel):
     """A body that is taken as it is written: no conversions, no unknown fields."""
@@ -222,7 +225,7 @@ class Message(_Request):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_MESSAGES
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | _List[TextPart]
+    content: str | Annotated[_List[TextPart], Field(max_length=MAX_PARTS)]
 
     def as_dict(self) -> dict[str, str]:
         """Role and text, as chat templates take them; `developer` is OpenAI's newer word for `system`."""
@@ -235,7 +238,7 @@ class ChatRequest(_SamplingRequest):
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_CHAT
 
-    messages: Annotated[_List[Message], Field(min_length=1)]
+    messages: Annotated[_List[Message], Field(min_length=1, max_length=MAX_PARTS)]
     max_tokens: int | None = Field(default=None, description="Default: as many as the context holds.")
     max_completion_tokens: int | None = Field(default=None, description="OpenAI's newer name of `max_tokens`.")
     logprobs: bool | None = None

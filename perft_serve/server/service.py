@@ -26,14 +26,16 @@ from perft_serve.outputs import CompletionStream, Delta
 from perft_serve.server.client import EngineClient, EventStream
 from perft_serve.server.errors import ApiError
 from perft_serve.server.models import ModelNames
-from perft_serve.server.protocol import PromptTokensDetails, Usage
+from perft_serve.server.protocol import PromptTokensDetails, RequestT, Usage, parse_request
 from perft_serve.server.sse import CLIENT_CLOSED_REQUEST, EventStreamResponse, until_disconnect
 from perft_serve.text import TextTokenizer
 
 T = TypeVar("T")
 
-# Text of this length is tokenised in about a millisecond; longer text goes to a thread, so that streams go on meanwhile.
-_INLINE_CHARACTERS = 4096
+# The prompt in a body of this length is tokenised in about a millisecond, and a longer body parsed; what may take longer goes
+# to a thread, so that streams go on meanwhile. The body's length bounds all there is to do: characters, token ids, messages.
+_INLINE_ENCODED_BYTES = 4096
+_INLINE_PARSED_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,9 +201,17 @@ class Service:
             parts.append(part)
         return b"".join(parts)
 
-    async def encode(self, num_characters: int, work: Callable[[], T]) -> T:
-        """Does tokenisation `work`, in a thread if it may take long."""
-        return work() if num_characters <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
+    async def parse(self, kind: type[RequestT], body: bytes) -> RequestT:
+        """The request in a body.
+
+        Raises:
+            ApiError, RequestError: as `parse_request`.
+        """
+        return await _work(lambda: parse_request(kind, body), in_thread=len(body) > _INLINE_PARSED_BYTES)
+
+    async def encode(self, body: bytes, work: Callable[[], T]) -> T:
+        """Does `work`, which makes token ids of a body's prompts."""
+        return await _work(work, in_thread=len(body) > _INLINE_ENCODED_BYTES)
 
     async def respond(self, request: Request, generation: Generation, model: str) -> Response:
         """Runs a request in the engine and answers it; whatever is not finished when the client hangs up is aborted."""
@@ -221,6 +231,10 @@ class Service:
 
     def _too_long(self) -> ApiError:
         return ApiError(413, f"the body is longer than {self._max_body_size} bytes, which is this server's limit")
+
+
+async def _work(work: Callable[[], T], *, in_thread: bool) -> T:
+    return await asyncio.to_thread(work) if in_thread else work()
 
 
 def new_request_id() -> str:

@@ -6,11 +6,13 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
+import httpx
 import msgspec
 import pytest
 from replies import assert_error, events_of
@@ -205,6 +207,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None, list[str]]] = [
     ({"stop": 5}, "stop", ["a string or a list of strings"]),
     ({"stop": ["x"] * 17}, "stop", ["at most 16"]),
     ({"stop_token_ids": [-1]}, "stop_token_ids", ["between 0 and"]),
+    ({"stop_token_ids": [1] * 257}, "stop_token_ids", ["at most 256", "got 257"]),
     ({"stream": 1}, "stream", ["boolean"]),
     ({"stream_options": {"include_usage": True}}, "stream_options", ["set stream to true"]),
     ({"stream": True, "stream_options": {"foo": 1}}, "stream_options.foo", ["unknown field"]),
@@ -219,7 +222,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str | None, list[str]]] = [
     ({"prompt": [3, 10**9]}, "prompt", ["token id 1000000000 at position 1", "not in the vocabulary"]),
     ({"prompt": [-3]}, "prompt", ["token id -3 at position 0"]),
     ({"prompt": [5] * 300}, "prompt", ["300 tokens", "the context is 256"]),
-    ({"prompt": "x " * 3000}, "prompt", ["tokens", "the context is 256"]),
+    ({"prompt": "x " * 1000}, "prompt", ["tokens", "the context is 256", "shorten the prompt by 1745"]),
+    ({"prompt": "x " * 3000}, "prompt", ["6000 characters", "the context is 256"]),
+    ({"prompt": [5] * 300 + [10**9]}, "prompt", ["301 tokens", "shorten the prompt by 46"]),
     ({"prompt": ["hello", [5] * 256]}, "prompt", ["a list of token ids"]),
     ({"prompt": [[5], [5] * 256]}, "prompt", ["256 tokens", "shorten the prompt by 1"]),
     ({"model": None}, "model", ["string"]),
@@ -334,9 +339,35 @@ class TestBadInput:
             start = time.monotonic()
             assert_error(server.http.post(COMPLETIONS, content=body, headers=headers), 400, words, param=ANY)
             assert time.monotonic() - start < 5
+        start = time.monotonic()
+        reply = server.post(COMPLETIONS, {"prompt": "hello", "stop_token_ids": [5] * 2_000_000})
+        assert_error(reply, 400, "at most 256", param="stop_token_ids")
+        assert time.monotonic() - start < 5
         reply = server.post(COMPLETIONS, {"prompt": "hello", "x" * 1_000_000: 1})
         assert_error(reply, 400, "unknown field", param=ANY)
         assert len(reply.content) < 4000
+
+    def test_others_are_answered_while_a_long_body_is_read(self, start_server: Callable[..., RunningServer]) -> None:
+        server = start_server()
+        headers = {"content-type": "application/json"}
+        empty = {"role": "user", "content": ""}
+        cases: tuple[tuple[str, dict[str, Any], str, str], ...] = (
+            (CHAT, {"messages": [empty] * 400_000}, "at most 16384", "messages"),
+            (CHAT, {"messages": [empty] * 16_000}, "448022 characters", "prompt"),
+            (CHAT, {"messages": [{**empty, "content": "hello fox " * 800_000}]}, "8000050 characters", "prompt"),
+            (COMPLETIONS, {"prompt": "hello fox " * 1_500_000}, "15000000 characters", "prompt"),
+        )
+        for path, fields, words, param in cases:
+            body = json.dumps({"model": BASE, **fields}).encode()
+            longest = 0.0
+            with ThreadPoolExecutor(1) as pool:
+                reply = pool.submit(httpx.post, server.url + path, content=body, headers=headers, timeout=60)
+                while not reply.done():
+                    start = time.monotonic()
+                    assert server.http.get("/health").status_code == 200
+                    longest = max(longest, time.monotonic() - start)
+            assert_error(reply.result(), 400, words, param=param)
+            assert longest < 1
 
     def test_wrong_paths_methods_and_types(self, server: RunningServer) -> None:
         assert_error(server.http.get("/v1/nothing"), 404)
@@ -427,7 +458,7 @@ class TestFailures:
     def test_a_bug_in_a_handler_becomes_a_reply(
         self, server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        monkeypatch.setattr("perft_serve.server.completions.parse_request", lambda *_: 1 // 0)
+        monkeypatch.setattr("perft_serve.server.service.parse_request", lambda *_: 1 // 0)
         assert_error(server.post(COMPLETIONS, {"prompt": "hello"}), 500, "internal error")
         assert "ZeroDivisionError" in caplog.text
 
