@@ -85,13 +85,15 @@ class CountingEngine:
             num_running=len(self._requests), num_preemptions=self._most_running, num_steps=self._num_steps
         )
 
-    def warm(self, ref: AdapterRef, pin: bool = False) -> None:
+    def warm(self, ref: AdapterRef, pin: bool | None = None) -> None:
         if ref.source == "refused":
             raise AdapterError("it is not even tried")
         key = ref.name, ref.version
         if key in self._statuses and self._statuses[key].state == "resident":
+            if pin is not None:
+                self._set(key, pinned=pin)
             return
-        self._statuses[key] = AdapterStatus(name=ref.name, version=ref.version, pinned=pin)
+        self._statuses[key] = AdapterStatus(name=ref.name, version=ref.version, pinned=bool(pin))
         if ref.source == "bad":
             self._set(key, state="failed", error="it is broken")
             return
@@ -100,9 +102,9 @@ class CountingEngine:
         timer.daemon = True
         timer.start()
 
-    def retire(self, name: str, up_to_version: int, force: bool = False) -> None:
+    def retire(self, name: str, up_to_version: int, force: bool = False, only: bool = False) -> None:
         for key in list(self._statuses):
-            if key[0] == name and key[1] <= up_to_version:
+            if key[0] == name and (key[1] == up_to_version if only else key[1] <= up_to_version):
                 self._set(key, state="removed")
 
     def adapter_updates(self) -> list[AdapterStatus]:

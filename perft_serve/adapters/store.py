@@ -175,16 +175,16 @@ class AdapterStore:
         self._tiers.let_go(entry.content)
         self._nudge()
 
-    def warm(self, ref: AdapterRef, pin: bool = False) -> None:
+    def warm(self, ref: AdapterRef, pin: bool | None = None) -> None:
         """Bring an adapter without a request: into host memory, and into the arena if there is room that nobody has.
 
         If its last load failed, it is tried again at once.
 
         Args:
             ref: which one.
-            pin: bring it into the arena in any case and never evict it, until it is retired. If that turns out not to be
-                possible only when it has been read, or when it is to be placed, its status says why, and that it is not
-                pinned.
+            pin: bring it into the arena in any case and never evict it, until it is retired or unpinned (`False`). If that
+                turns out not to be possible only when it has been read, or when it is to be placed, its status says why, and
+                that it is not pinned.
 
         Raises:
             AdapterError: it is retired, or cannot be pinned.
@@ -197,9 +197,11 @@ class AdapterStore:
         if pin:
             entry.pin_error = None
         self._note(entry)
+        if pin is False:
+            self._unpin(entry)
         if entry.content is None:
             entry.is_warmed = True
-            entry.pinned = entry.pinned or pin
+            entry.pinned = entry.pinned or bool(pin)
             self._want(entry)
         else:
             if pin:
@@ -207,16 +209,21 @@ class AdapterStore:
             self._tiers.bring_if_free(entry.content)
         self._nudge()
 
-    def retire(self, name: str, up_to_version: int) -> None:
+    def retire(self, name: str, up_to_version: int, only: bool = False) -> None:
         """No new requests come for these versions: each is dropped as soon as nothing is in flight on it.
 
         Every version that goes is reported as `removed`, and `up_to_version` in any case.
+
+        Args:
+            only: just that version, which no request was told of.
         """
-        self._retired[name] = max(up_to_version, self._retired.get(name, 0))
+        if not only:
+            self._retired[name] = max(up_to_version, self._retired.get(name, 0))
         versions = self._entries.get(name, {})
         if up_to_version not in versions:
             self._last_words.append(AdapterStatus(name=name, version=up_to_version, state="removed"))
-        for entry in [entry for version, entry in versions.items() if version <= up_to_version]:
+        lowest = up_to_version if only else 0
+        for entry in [entry for version, entry in versions.items() if lowest <= version <= up_to_version]:
             entry.is_retired = True
             self._unpin(entry)
             self._note(entry)

@@ -146,7 +146,7 @@ class Engine:
             adapters=self._adapters.memory(),
         )
 
-    def warm(self, ref: AdapterRef, pin: bool = False) -> None:
+    def warm(self, ref: AdapterRef, pin: bool | None = None) -> None:
         """Start bringing an adapter without a request; `adapter_updates` tells how it went.
 
         Raises:
@@ -155,15 +155,16 @@ class Engine:
         self._adapters.warm(ref, pin)
         self._take_updates()
 
-    def retire(self, name: str, up_to_version: int, force: bool = False) -> None:
-        """Drop these versions of an adapter as soon as no request in flight is on them; with `force`, end those requests.
+    def retire(self, name: str, up_to_version: int, force: bool = False, only: bool = False) -> None:
+        """Drop these versions of an adapter as soon as no request in flight is on them; with `force`, end those requests. With
+        `only`, drop just the last of them, which nobody was told of.
 
         Without force, a request that was on its way meanwhile is still served.
         """
         if force:
             self._deleted[name] = max(up_to_version, self._deleted.get(name, 0))
             self._scheduler.delete_adapter(name, up_to_version, _was_deleted(name))
-        self._adapters.retire(name, up_to_version)
+        self._adapters.retire(name, up_to_version, only=only)
         self._take_updates()
 
     def adapter_updates(self) -> list[AdapterStatus]:

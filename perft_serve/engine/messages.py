@@ -43,20 +43,23 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Warm(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Bring an adapter before anyone asks for it. `number` tells this command's `Reply` from others."""
+    """Bring an adapter before anyone asks for it. `number` tells this command's `Reply` from others; `pin` `None`: as it is."""
 
     number: int
     ref: AdapterRef
-    pin: bool = False
+    pin: bool | None = None
 
 
 class Retire(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Let go of versions of an adapter as soon as nothing runs on them; `force`: end what runs on them."""
+    """Let go of versions of an adapter as soon as nothing runs on them; `force`: end what runs on them; `only`: of the last of
+    them, one that was never asked for, and of none before it.
+    """
 
     number: int
     name: str
     up_to_version: int
     force: bool = False
+    only: bool = False
 
 
 class Delivered(msgspec.Struct, frozen=True, kw_only=True, tag=True):

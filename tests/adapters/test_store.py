@@ -423,6 +423,32 @@ class TestPins:
         d.settle()
         assert d.status(b).state == "resident"
 
+    def test_a_pin_is_taken_back_only_when_asked_to(self, driven: Callable[..., Driven], make_ref: MakeRef) -> None:
+        d, ref = driven(S), make_ref("a")
+        d.store.warm(ref, pin=True)
+        d.settle()
+        d.store.warm(ref)
+        assert d.status(ref).pinned
+        for _ in range(2):
+            d.store.warm(ref, pin=False)
+            assert not d.status(ref).pinned
+        other = make_ref("b")
+        d.store.warm(other, pin=True)
+        d.settle()
+        assert d.status(other).state == "resident", "it has made room"
+
+    def test_one_version_alone_is_let_go(self, driven: Callable[..., Driven], make_ref: MakeRef) -> None:
+        d, refs = driven(3 * S), [make_ref("a", version=version) for version in (1, 2, 3)]
+        for ref in refs:
+            d.store.warm(ref)
+        d.settle()
+        d.store.retire("a", 2, only=True)
+        d.settle()
+        assert [d.status(ref).state for ref in refs] == ["resident", "removed", "resident"]
+        d.store.warm(refs[0])
+        d.store.enter(refs[0])
+        assert d.status(refs[0]).state == "resident", "it is not let go with the other"
+
     def test_what_cannot_be_pinned_is_refused_with_the_numbers(
         self, driven: Callable[..., Driven], make_ref: MakeRef
     ) -> None:

@@ -100,7 +100,7 @@ class Model:
             self.store.leave(request.ref)
         elif op in ("warm", "pin"):
             try:
-                self.store.warm(self.ref(number), pin=op == "pin")
+                self.store.warm(self.ref(number), pin=True if op == "pin" else None)
             except AdapterError as error:
                 self.refusals.append(str(error))
         elif op == "retire":
