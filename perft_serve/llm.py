@@ -178,6 +178,8 @@ class LLM:
         )
         adapter_list = _one_per_prompt("adapter", adapter, num_prompts, str)
         refs = [None if name is None else self._resolve(name) for name in adapter_list]
+        for ref in self.catalog.take_dropped():
+            self.engine.retire(ref.name, ref.version)
         arrival = time.monotonic()
         jobs = [
             self._job(text, ids, one_params, ref, arrival)

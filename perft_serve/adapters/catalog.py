@@ -68,6 +68,7 @@ class AdapterCatalog:
         self._hidden: set[str] = set()  # removed, whatever the folder holds
         self._listed_ns: int | None = None  # time of change of the folder that the last listing is good for
         self._unfinished: set[str] = set()  # sub-folders that held no adapter yet
+        self._dropped: list[AdapterRef] = []  # of sub-folders that are gone, until somebody takes them
         for name, source in (adapters or {}).items():
             self.register(name, source)
         if self._dir is not None:
@@ -148,6 +149,11 @@ class AdapterCatalog:
         stop = None if limit is None else start + limit
         return [self._refs[name] for name in self._names[start:stop]]
 
+    def take_dropped(self) -> list[AdapterRef]:
+        """What names stood for whose folders were found gone since the last call: nobody can ask for them any more."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (name in self._refs or self._find(name) is not None)
 
@@ -203,6 +209,7 @@ class AdapterCatalog:
                     there = {entry.name for entry in entries}
                 for name in self._in_dir - there:
                     self._versions[name] = self._last_version(name)
+                    self._dropped.append(self._refs[name])
                     self._drop(name)
                 new = {name for name in there - self._refs.keys() - self._hidden if is_name(name)}
         except OSError:  # the folder is gone, or out of reach for now: what was found stays known

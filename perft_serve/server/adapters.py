@@ -171,7 +171,7 @@ class AdapterEndpoints:
     def _retire_older(self, ref: AdapterRef) -> None:
         """Lets the versions before this one go when their requests have ended, which nobody waits for."""
         if ref.version > 1:
-            self._start(self._retire(ref.name, ref.version - 1, force=False))
+            self._client.let_go(ref.name, ref.version - 1)
 
     async def _delete(self, name: str, *, force: bool, param: str | None = None) -> None:
         self._resolve(name, param=param)

@@ -168,7 +168,7 @@ class EngineClient:
         self._lost: list[AdapterStatus] = []  # what the present engine was to have of what the last one had
         self._num_outputs = 0
         self._streams: dict[str, EventStream] = {}
-        self._statuses: dict[tuple[str, int], AdapterStatus] = {}
+        self._statuses: dict[str, dict[int, AdapterStatus]] = {}  # by name and version
         self._stats = EngineStats()
         # What engines that are gone have counted
         self._before = EngineStats()
@@ -260,14 +260,14 @@ class EngineClient:
             UnknownAdapterError: there is no adapter of that name.
         """
         ref = self.catalog.resolve(name)
-        status = self._statuses.get((ref.name, ref.version))
+        status = self._status(ref.name, ref.version)
         return status or AdapterStatus(name=ref.name, version=ref.version)
 
-    async def warm_adapter(self, ref: AdapterRef, pin: bool = False) -> AdapterStatus:
+    async def warm_adapter(self, ref: AdapterRef, pin: bool | None = None) -> AdapterStatus:
         """Brings an adapter into the engine's memory; it need not be in the catalogue. If the caller is cancelled, it goes on.
 
         Args:
-            pin: never evict it.
+            pin: never evict it, or (`False`) no longer; `None` leaves that as it is.
 
         Returns:
             Its status: in host memory or in the arena; in the arena, if it is pinned.
@@ -278,7 +278,7 @@ class EngineClient:
         """
         error = await self._manage(Warm(number=next(self._numbers), ref=ref, pin=pin))
         while error is None:
-            status = self._statuses.get((ref.name, ref.version))
+            status = self._status(ref.name, ref.version)
             if status is None:
                 error = f"adapter {ref.name!r} was deleted while it was loaded"
             elif status.state == "failed" or (pin and not status.pinned and status.error is not None):
@@ -288,7 +288,7 @@ class EngineClient:
             else:
                 await self._news_of(ref.name)
         if not self._is_current(ref.name, ref.version):  # nobody will ask for its status again
-            self._statuses.pop((ref.name, ref.version), None)
+            self._forget(ref.name, ref.version)
         raise AdapterError(error)
 
     async def retire_adapter(self, name: str, up_to_version: int, force: bool = False) -> None:
@@ -305,16 +305,47 @@ class EngineClient:
         )
         if error is not None:
             raise AdapterError(error)
-        keys = [(name, version) for version in range(1, up_to_version + 1)]
-        while any(self._has(key) for key in keys):
+        while any(_is_held(status) for status in self._versions(name, up_to_version)):
             await self._news_of(name)
-        for key in keys:
-            self._statuses.pop(key, None)
+        for status in self._versions(name, up_to_version):
+            self._forget(name, status.version)
 
-    def _has(self, key: tuple[str, int]) -> bool:
-        """Whether the engine holds something of an adapter. Of one that failed it keeps nothing, and says so once."""
-        status = self._statuses.get(key)
-        return status is not None and (status.state != "failed" or status.num_in_flight > 0)
+    def let_go(self, name: str, up_to_version: int) -> None:
+        """Has the engine let go of these versions of an adapter when their requests have ended; nobody waits for that."""
+        if self._link is not None:  # else it has gone with the engine
+            self._link.send(Retire(number=next(self._numbers), name=name, up_to_version=up_to_version))
+        for status in self._versions(name, up_to_version):
+            if not _is_held(status):
+                self._forget(name, status.version)
+
+    def adapters(self, after: str | None = None, limit: int | None = None) -> list[AdapterRef]:
+        """The catalogue's page of adapters; what has left the folder of adapters leaves the engine too."""
+        refs = self.catalog.page(after, limit)
+        self._let_go_of_dropped()
+        return refs
+
+    def _let_go_of_dropped(self) -> None:
+        for ref in self.catalog.take_dropped():
+            self.let_go(ref.name, ref.version)
+
+    def _status(self, name: str, version: int) -> AdapterStatus | None:
+        return self._statuses.get(name, {}).get(version)
+
+    def _versions(self, name: str, up_to: int) -> list[AdapterStatus]:
+        """What is known of these versions of an adapter."""
+        return [status for version, status in self._statuses.get(name, {}).items() if version <= up_to]
+
+    def _note(self, status: AdapterStatus) -> None:
+        if status.state == "removed":
+            self._forget(status.name, status.version)
+        else:
+            self._statuses.setdefault(status.name, {})[status.version] = status
+
+    def _forget(self, name: str, version: int) -> None:
+        versions = self._statuses.get(name, {})
+        versions.pop(version, None)
+        if not versions:
+            self._statuses.pop(name, None)
 
     def engine_started(self, link: EngineLink, started: Started) -> None:
         """The supervisor's word."""
@@ -343,7 +374,9 @@ class EngineClient:
     def _take_engine(self, link: EngineLink, started: Started) -> None:
         self.limits = started.limits
         self._stats = started.stats
-        self._statuses = {_key(status): status for status in started.adapters}
+        self._statuses = {}
+        for status in started.adapters:
+            self._note(status)
         self._num_outputs = 0
         self._link = link
         for lost in self._lost:
@@ -371,10 +404,7 @@ class EngineClient:
             if stream is not None:
                 stream._fail(_refused(refusal))
         for status in output.adapters:
-            if status.state == "removed":
-                self._statuses.pop(_key(status), None)
-            else:
-                self._statuses[_key(status)] = status
+            self._note(status)
             for watcher in self._watchers.pop(status.name, ()):
                 if not watcher.done():
                     watcher.set_result(None)
@@ -439,11 +469,13 @@ class EngineClient:
         await news
 
     def _read(self) -> EngineReading:
+        num_adapters = len(self.catalog)
+        self._let_go_of_dropped()
         return EngineReading(
             stats=self.stats(),
             is_up=self.engine_state == "ready",
             num_restarts=self.num_restarts,
-            num_adapters=len(self.catalog),
+            num_adapters=num_adapters,
         )
 
 
@@ -451,8 +483,13 @@ def _key(status: AdapterStatus) -> tuple[str, int]:
     return status.name, status.version
 
 
+def _is_held(status: AdapterStatus) -> bool:
+    """Whether the engine holds something of an adapter. Of one that failed it keeps nothing, and says so once."""
+    return status.state != "failed" or status.num_in_flight > 0
+
+
 def _worth_reloading(
-    statuses: Mapping[tuple[str, int], AdapterStatus], lost: Iterable[AdapterStatus]
+    statuses: Mapping[str, Mapping[int, AdapterStatus]], lost: Iterable[AdapterStatus]
 ) -> list[AdapterStatus]:
     """What a new engine should have of what the last one had: the pinned adapters first, then what was in the arena, the last
     used first. The others come when they are asked for, and need not wait behind thousands that nobody asks for.
@@ -461,8 +498,9 @@ def _worth_reloading(
         statuses: the last engine's.
         lost: what that one should have had; it may have died before it was done.
     """
-    had = [status for status in statuses.values() if status.pinned or status.state == "resident"]
-    missed = [status for status in lost if (now := statuses.get(_key(status))) is None or now.state == "loading"]
+    known = {_key(status): status for versions in statuses.values() for status in versions.values()}
+    had = [status for status in known.values() if status.pinned or status.state == "resident"]
+    missed = [status for status in lost if (now := known.get(_key(status))) is None or now.state == "loading"]
     kept = {_key(status): status for status in (*missed, *had)}
     return sorted(kept.values(), key=lambda status: (not status.pinned, -(status.last_used or 0.0)))
 

@@ -72,7 +72,7 @@ class ModelNames:
 
     def adapters_after(self, after: str | None, limit: int | None = None) -> Sequence[AdapterRef]:
         """The adapters whose names follow `after`, in order. A new folder with the base's name is none."""
-        refs = self._client.catalog.page(after, None if limit is None else limit + 1)
+        refs = self._client.adapters(after, None if limit is None else limit + 1)
         return [ref for ref in refs if ref.name != self.base_name][:limit]
 
     def _base_card(self) -> ModelCard:

@@ -97,7 +97,10 @@ def test_a_folder_that_is_gone_is_no_longer_listed(tmp_path: Path) -> None:
     put(tmp_path, "b")
     catalog = AdapterCatalog({"kept": "org/kept"}, adapter_dir=str(tmp_path))
     shutil.rmtree(tmp_path / "a")
+    assert catalog.take_dropped() == []
     assert names(catalog) == ["b", "kept"]
+    assert catalog.take_dropped() == [AdapterRef(name="a", source=str(tmp_path / "a"))]
+    assert catalog.take_dropped() == []
     put(tmp_path, "a")
     assert catalog.resolve("a").version == 2
 

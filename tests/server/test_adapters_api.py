@@ -408,6 +408,17 @@ class TestDelete:
         shutil.copytree(folder / "routed", spare)
         assert server.http.delete(f"{ADAPTERS}/{spare.name}").status_code == 200
 
+    def test_a_folder_that_is_taken_away_leaves_the_memory_too(
+        self, server: RunningServer, folder: Path, spare: Path
+    ) -> None:
+        for path in (ADAPTERS, "/v1/models", "/metrics"):
+            shutil.copytree(folder / "routed", spare)
+            assert server.http.post(ADAPTERS, json={"name": spare.name, "pin": True}).json()["pinned"]
+            shutil.rmtree(spare)
+            assert server.http.get(path).status_code == 200
+            assert_error(server.http.get(f"{ADAPTERS}/{spare.name}"), 404)
+            wait_for(lambda: spare.name not in server.client._statuses)
+
     def test_what_is_not_there(self, server: RunningServer) -> None:
         for name in ("nobody", BASE, "no/body", "..", "%2e%2e/routed"):
             assert_error(server.http.delete(f"{ADAPTERS}/{name}"), 404)

@@ -292,7 +292,7 @@ class TestDeath:
         until(lambda: client.status("first").state == client.status("pinned").state == "resident")
         assert client.status("pinned").pinned
         assert client.status("first").version == 2
-        assert {name for name, _ in client._statuses} == {"first", "pinned"}
+        assert set(client._statuses) == {"first", "pinned"}
 
     def test_one_that_dies_before_it_has_everything_again(self, clients: Clients) -> None:
         client = clients.started(restarts=2)
