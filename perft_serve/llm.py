@@ -138,6 +138,8 @@ class LLM:
         self.engine.warm(ref, pin)
         status = self._wait_for(ref)
         if status.state == "failed" or (pin and not status.pinned):
+            self.catalog.abandon(ref)
+            self.engine.retire(name, ref.version, only=True)
             raise AdapterError(f"adapter {name!r} could not be loaded: {status.error}")
         self.catalog.commit(ref)
         self.engine.retire(name, ref.version - 1)

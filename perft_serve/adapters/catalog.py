@@ -27,6 +27,13 @@ class UnknownAdapterError(AdapterError):
     """There is no adapter of that name."""
 
 
+class DeletedAdapterError(AdapterError):
+    """The adapter was deleted before it was there."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"adapter {name!r} was deleted while it was loaded")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterRef:
     """One version of a named adapter.
@@ -64,6 +71,10 @@ class AdapterCatalog:
         self._refs: dict[str, AdapterRef] = {}
         self._names: list[str] = []  # the keys of _refs, sorted
         self._versions: dict[str, int] = {}  # the highest number given out, of names that were registered or removed
+        self._preparing: dict[
+            str, AdapterRef
+        ] = {}  # of each name the last that was neither committed nor abandoned yet
+        self._deleted: dict[str, int] = {}  # the highest number given out when the name was removed last
         self._in_dir: set[str] = set()  # names of _refs that stand for a sub-folder of the folder of adapters
         self._hidden: set[str] = set()  # removed, whatever the folder holds
         self._listed_ns: int | None = None  # time of change of the folder that the last listing is good for
@@ -98,7 +109,8 @@ class AdapterCatalog:
         return ref
 
     def prepare(self, name: str, source: str) -> AdapterRef:
-        """The ref that `register` would make, not yet what the name stands for: its load can be tried first.
+        """The ref that `register` would make, not yet what the name stands for: its load can be tried first. Then comes
+        `commit` or `abandon`.
 
         Raises:
             AdapterError: as `register`.
@@ -106,16 +118,26 @@ class AdapterCatalog:
         check_name(name)
         if not isinstance(source, str) or not source.strip():
             raise AdapterError(f"adapter {name!r} needs a source: a folder, a Hub id (org/name) or a URL")
-        version = self._last_version(name) + 1
+        version = self.last_version(name) + 1
         self._versions[name] = version
-        return AdapterRef(name=name, source=source, version=version)
+        ref = self._preparing[name] = AdapterRef(name=name, source=source, version=version)
+        return ref
+
+    def abandon(self, ref: AdapterRef) -> None:
+        """A prepared ref will not be committed."""
+        if self._preparing.get(ref.name) == ref:
+            del self._preparing[ref.name]
 
     def commit(self, ref: AdapterRef) -> None:
         """Let a prepared ref be what its name stands for.
 
         Raises:
+            DeletedAdapterError: the name was removed meanwhile.
             AdapterError: a later version has been committed meanwhile.
         """
+        self.abandon(ref)
+        if ref.version <= self._deleted.get(ref.name, 0):
+            raise DeletedAdapterError(ref.name)
         current = self._refs.get(ref.name)
         if current is not None and current.version > ref.version:
             raise AdapterError(f"adapter {ref.name!r} was registered anew meanwhile; version {ref.version} is not used")
@@ -123,17 +145,20 @@ class AdapterCatalog:
         self._hidden.discard(ref.name)
 
     def remove(self, name: str) -> AdapterRef:
-        """Forget a name; a folder of that name stays hidden until the name is registered again.
+        """Forget a name, and what is prepared for it; a folder of that name stays hidden until the name is registered again.
 
         Returns:
-            What it stood for.
+            What it stood for, or would have; of what there was or would have been, `last_version` is the latest.
 
         Raises:
             UnknownAdapterError: there is no adapter of that name.
         """
-        ref = self.resolve(name)
-        self._versions[name] = self._last_version(name)
-        self._drop(name)
+        ref = self._refs.get(name) or self._find(name) or self._preparing.get(name)
+        if ref is None:
+            raise UnknownAdapterError(f"there is no adapter {name!r}")
+        self._versions[name] = self._deleted[name] = self.last_version(name)
+        if name in self._refs:
+            self._drop(name)
         self._hidden.add(name)
         return ref
 
@@ -161,7 +186,8 @@ class AdapterCatalog:
         self._list_folder()
         return len(self._refs)
 
-    def _last_version(self, name: str) -> int:
+    def last_version(self, name: str) -> int:
+        """The highest number given out under a name; 0: none was."""
         ref = self._refs.get(name)
         return max(self._versions.get(name, 0), 0 if ref is None else ref.version)
 
@@ -185,7 +211,7 @@ class AdapterCatalog:
                 return None
         except OSError:  # a part of the path is too long, or not to be read
             return None
-        ref = AdapterRef(name=name, source=str(folder), version=self._last_version(name) + 1)
+        ref = AdapterRef(name=name, source=str(folder), version=self.last_version(name) + 1)
         self._put(ref, in_dir="/" not in name)
         return ref
 
@@ -208,7 +234,7 @@ class AdapterCatalog:
                 with os.scandir(self._dir) as entries:
                     there = {entry.name for entry in entries}
                 for name in self._in_dir - there:
-                    self._versions[name] = self._last_version(name)
+                    self._versions[name] = self.last_version(name)
                     self._dropped.append(self._refs[name])
                     self._drop(name)
                 new = {name for name in there - self._refs.keys() - self._hidden if is_name(name)}

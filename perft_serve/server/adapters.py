@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
 from perft.errors import AdapterError
-from perft_serve.adapters.catalog import AdapterRef, UnknownAdapterError, check_name
+from perft_serve.adapters.catalog import AdapterRef, DeletedAdapterError, UnknownAdapterError, check_name
 from perft_serve.adapters.sources import SourcePolicy
 from perft_serve.adapters.status import AdapterState
 from perft_serve.server.client import EngineDeadError
@@ -163,8 +163,13 @@ class AdapterEndpoints:
     async def _load(self, name: str, source: str, *, pin: bool, param: str) -> None:
         """Brings a new version into memory, then gives the name to it; if it fails, the name is as it was."""
         ref = self._catalog.prepare(name, source)
-        await self._warm(ref, pin=pin, param=param)
-        self._catalog.commit(ref)
+        try:
+            await self._warm(ref, pin=pin, param=param)
+            self._catalog.commit(ref)
+        except DeletedAdapterError as error:
+            raise _deleted(error) from error
+        finally:
+            self._catalog.abandon(ref)
         logger.info("adapter %r is now version %d", name, ref.version)
         self._retire_older(ref)
 
@@ -174,10 +179,15 @@ class AdapterEndpoints:
             self._client.let_go(ref.name, ref.version - 1)
 
     async def _delete(self, name: str, *, force: bool, param: str | None = None) -> None:
-        self._resolve(name, param=param)
-        ref = self._catalog.remove(name)
+        try:
+            if name == self._models.base_name:
+                raise UnknownAdapterError
+            self._catalog.remove(name)
+        except UnknownAdapterError as error:
+            raise _unknown(name, param=param) from error
         logger.info("adapter %r is being deleted", name)
-        await self._finish(self._retire(name, ref.version, force=force))
+        # With what is being loaded for the name
+        await self._finish(self._retire(name, self._catalog.last_version(name), force=force))
 
     async def _retire(self, name: str, up_to_version: int, *, force: bool) -> None:
         try:
@@ -189,6 +199,8 @@ class AdapterEndpoints:
         """Returns when a version is in memory."""
         try:
             status = await self._client.warm_adapter(ref, pin=pin)
+        except DeletedAdapterError as error:
+            raise _deleted(error) from error
         except AdapterError as error:
             raise ApiError(422, f"adapter {ref.name!r}: {error}", param=param) from error
         if pin and not status.pinned:
@@ -214,7 +226,7 @@ class AdapterEndpoints:
                 return self._catalog.resolve(name)
         except UnknownAdapterError:
             pass
-        raise ApiError(404, f"there is no adapter {name!r}; GET /v1/adapters lists those that are", param=param)
+        raise _unknown(name, param=param)
 
     def _card(self, name: str) -> AdapterCard:
         """What is known of the name's present version."""
@@ -256,6 +268,14 @@ class AdapterEndpoints:
     async def _finish(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Does `work` to its end, even if whoever waits for it is cancelled."""
         return await asyncio.shield(self._start(work))
+
+
+def _unknown(name: str, *, param: str | None) -> ApiError:
+    return ApiError(404, f"there is no adapter {name!r}; GET /v1/adapters lists those that are", param=param)
+
+
+def _deleted(error: DeletedAdapterError) -> ApiError:
+    return ApiError(409, str(error), param="name")
 
 
 def _json(reply: msgspec.Struct, status: int = 200) -> Response:

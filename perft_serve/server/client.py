@@ -19,7 +19,7 @@ from typing import Any
 from typing_extensions import Self
 
 from perft.errors import AdapterError
-from perft_serve.adapters.catalog import AdapterCatalog, AdapterRef
+from perft_serve.adapters.catalog import AdapterCatalog, AdapterRef, DeletedAdapterError
 from perft_serve.adapters.status import AdapterStatus
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.events import EngineRequest, EngineStats, FinishReason, TokenEvent
@@ -273,6 +273,7 @@ class EngineClient:
             Its status: in host memory or in the arena; in the arena, if it is pinned.
 
         Raises:
+            DeletedAdapterError: it was retired meanwhile.
             AdapterError: it cannot be loaded, or not be pinned.
             EngineDeadError: the engine is down, or went down meanwhile.
         """
@@ -280,8 +281,8 @@ class EngineClient:
         while error is None:
             status = self._status(ref.name, ref.version)
             if status is None:
-                error = f"adapter {ref.name!r} was deleted while it was loaded"
-            elif status.state == "failed" or (pin and not status.pinned and status.error is not None):
+                raise DeletedAdapterError(ref.name)
+            if status.state == "failed" or (pin and not status.pinned and status.error is not None):
                 error = status.error or f"adapter {ref.name!r} could not be loaded"
             elif status.state == "resident" or (status.state == "host" and not pin):
                 return status

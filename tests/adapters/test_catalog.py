@@ -11,7 +11,13 @@ import pytest
 
 from perft.adapter import CONFIG_FILE as CONFIG_FILE_OF_PERFT
 from perft.errors import AdapterError
-from perft_serve.adapters.catalog import CONFIG_FILE, AdapterCatalog, AdapterRef, UnknownAdapterError
+from perft_serve.adapters.catalog import (
+    CONFIG_FILE,
+    AdapterCatalog,
+    AdapterRef,
+    DeletedAdapterError,
+    UnknownAdapterError,
+)
 
 
 def put(root: Path, name: str) -> Path:
@@ -68,6 +74,23 @@ def test_a_removed_name_comes_back_with_a_later_version() -> None:
     with pytest.raises(UnknownAdapterError):
         catalog.remove("a")
     assert catalog.register("a", "two").version == 2
+
+
+def test_what_is_prepared_for_a_name_goes_with_it() -> None:
+    catalog = AdapterCatalog({"a": "one"})
+    late = catalog.prepare("a", "two")
+    catalog.remove("a")
+    assert catalog.last_version("a") == late.version
+    first = catalog.prepare("b", "one")
+    assert catalog.remove("b") == first
+    for ref in (late, first):
+        with pytest.raises(DeletedAdapterError, match=f"'{ref.name}' was deleted while it was loaded"):
+            catalog.commit(ref)
+        assert ref.name not in catalog
+        assert catalog.register(ref.name, "three").version == ref.version + 1
+    catalog.abandon(catalog.prepare("c", "one"))
+    with pytest.raises(UnknownAdapterError):
+        catalog.remove("c")
 
 
 def test_a_new_folder_is_found_by_name_and_listed(tmp_path: Path) -> None:

@@ -408,6 +408,29 @@ class TestDelete:
         shutil.copytree(folder / "routed", spare)
         assert server.http.delete(f"{ADAPTERS}/{spare.name}").status_code == 200
 
+    @pytest.mark.parametrize("is_there", [True, False])
+    def test_what_is_being_loaded_for_the_name_does_not_come(
+        self,
+        server: RunningServer,
+        folder: Path,
+        pool: ThreadPoolExecutor,
+        tokens_of: Callable[..., list[int]],
+        is_there: bool,
+    ) -> None:
+        if is_there:
+            register(server, "x", folder / "routed")
+        server.knobs.set(pace=0.5)
+        load = pool.submit(register, server, "x", folder / "dense")
+        wait_for(lambda: "x" in server.client.catalog._preparing)
+        assert server.http.delete(f"{ADAPTERS}/x").status_code == 200
+        assert_error(load.result(), 409, "'x' was deleted while it was loaded", param="name")
+        server.knobs.reset()
+        assert_error(server.http.get(f"{ADAPTERS}/x"), 404)
+        assert_error(server.http.delete(f"{ADAPTERS}/x"), 404)
+        wait_for(lambda: "x" not in server.client._statuses)
+        assert register(server, "x", folder / "single").status_code == 201
+        assert ask(server, "x") == tokens_of("single", 8)
+
     def test_a_folder_that_is_taken_away_leaves_the_memory_too(
         self, server: RunningServer, folder: Path, spare: Path
     ) -> None:
