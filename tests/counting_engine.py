@@ -1,6 +1,7 @@
 """The engine's process with an engine that counts: each request is answered with 0, 1, 2, ...; no model, no torch.
 
-The source of an adapter says how its load goes: "20" takes so many milliseconds, "bad" fails, "refused" is not even tried.
+The source of an adapter says how its load goes: "20" takes so many milliseconds, "bad" fails, "refused" is not even tried,
+"unpinnable" cannot be pinned.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ class CountingEngine:
         self._statuses[key] = AdapterStatus(name=ref.name, version=ref.version, pinned=bool(pin))
         if ref.source == "bad":
             self._set(key, state="failed", error="it is broken")
+            return
+        if ref.source == "unpinnable":
+            self._set(key, state="host", pinned=False, error="it cannot be pinned")
             return
         self._set(key, state="loading")
         timer = threading.Timer(int(ref.source) / 1000, self._finish, (key,))

@@ -128,7 +128,7 @@ class AdapterEndpoints:
             is_new = False
             if body.source is None:
                 ref = self._resolve(name, param="name")
-                if body.load:
+                if body.load or (body.pin is False and self._is_pinned(name)):
                     await self._warm(ref, pin=body.pin, param="name")
             else:
                 self._check_name(name, param="name")
@@ -136,6 +136,12 @@ class AdapterEndpoints:
                 is_new = name not in self._catalog
                 if body.load:
                     await self._load(name, body.source, pin=body.pin, param="source")
+                elif body.pin is None and self._is_pinned(name):
+                    raise ApiError(
+                        400,
+                        f"adapter {name!r} is pinned, and what is pinned is in memory: leave out load, or set pin to false",
+                        param="load",
+                    )
                 else:
                     self._retire_older(self._catalog.register(name, body.source))
             return self._card(name), is_new
@@ -153,15 +159,20 @@ class AdapterEndpoints:
                 )
             self._check_source(body.lora_path, param="lora_path")
             try:
-                await self._load(name, body.lora_path, pin=False, param="lora_path")
+                await self._load(name, body.lora_path, pin=None, param="lora_path")
             except ApiError as error:
                 if error.status != 422:
                     raise
                 # vLLM's status for what cannot be loaded
                 raise ApiError(400, error.message, param=error.param) from error
 
-    async def _load(self, name: str, source: str, *, pin: bool, param: str) -> None:
-        """Brings a new version into memory, then gives the name to it; if it fails, the name is as it was."""
+    async def _load(self, name: str, source: str, *, pin: bool | None, param: str) -> None:
+        """Brings a new version into memory, then gives the name to it; if it fails, the name is as it was.
+
+        Args:
+            pin: `None`: if the version before it is. Since there need not be room for both, that one gives its pin back first.
+        """
+        hands_over = pin is None and self._is_pinned(name)
         ref = self._catalog.prepare(name, source)
         try:
             await self._warm(ref, pin=pin, param=param)
@@ -172,6 +183,15 @@ class AdapterEndpoints:
             self._catalog.abandon(ref)
         logger.info("adapter %r is now version %d", name, ref.version)
         self._retire_older(ref)
+        if hands_over:
+            try:
+                await self._warm(ref, pin=True, param="pin")
+            except ApiError as error:
+                message = f"version {ref.version} is in use, but no longer pinned: {error.message}"
+                raise ApiError(error.status, message, param=error.param) from error
+
+    def _is_pinned(self, name: str) -> bool:
+        return name in self._catalog and self._client.status(name).pinned
 
     def _retire_older(self, ref: AdapterRef) -> None:
         """Lets the versions before this one go when their requests have ended, which nobody waits for."""
@@ -195,7 +215,7 @@ class AdapterEndpoints:
         except EngineDeadError:  # and the adapter with it
             logger.info("adapter %r has gone with the engine", name)
 
-    async def _warm(self, ref: AdapterRef, *, pin: bool, param: str) -> None:
+    async def _warm(self, ref: AdapterRef, *, pin: bool | None, param: str) -> None:
         """Returns when a version is in memory."""
         try:
             status = await self._client.warm_adapter(ref, pin=pin)

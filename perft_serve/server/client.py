@@ -288,8 +288,8 @@ class EngineClient:
                 return status
             else:
                 await self._news_of(ref.name)
-        if not self._is_current(ref.name, ref.version):  # nobody will ask for its status again
-            self._forget(ref.name, ref.version)
+        if not self._is_current(ref.name, ref.version):  # nobody will ask for it again, whatever there is of it
+            self.let_go(ref.name, ref.version, only=True)
         raise AdapterError(error)
 
     async def retire_adapter(self, name: str, up_to_version: int, force: bool = False) -> None:
@@ -311,12 +311,16 @@ class EngineClient:
         for status in self._versions(name, up_to_version):
             self._forget(name, status.version)
 
-    def let_go(self, name: str, up_to_version: int) -> None:
-        """Has the engine let go of these versions of an adapter when their requests have ended; nobody waits for that."""
+    def let_go(self, name: str, up_to_version: int, *, only: bool = False) -> None:
+        """Has the engine let go of these versions of an adapter when their requests have ended; nobody waits for that.
+
+        Args:
+            only: of the last of them, and of none before it.
+        """
         if self._link is not None:  # else it has gone with the engine
-            self._link.send(Retire(number=next(self._numbers), name=name, up_to_version=up_to_version))
+            self._link.send(Retire(number=next(self._numbers), name=name, up_to_version=up_to_version, only=only))
         for status in self._versions(name, up_to_version):
-            if not _is_held(status):
+            if not _is_held(status) and (status.version == up_to_version or not only):
                 self._forget(name, status.version)
 
     def adapters(self, after: str | None = None, limit: int | None = None) -> list[AdapterRef]:

@@ -275,7 +275,10 @@ class AdapterRequest(_Request):
         description="A folder of the server, a Hugging Face Hub id (`org/name@revision`) or a URL (`s3://...`); under a "
         "name that is taken this is a reload. Left out: the adapter that has this name already.",
     )
-    pin: bool = Field(default=False, description="Keep it in memory, whatever else wants the room.")
+    pin: bool | None = Field(
+        default=None,
+        description="Keep it in memory, whatever else wants the room; false: no longer. Default: as it is, over a reload too.",
+    )
     load: bool = Field(default=True, description="Reply when it is in memory; false: read nothing yet.")
 
     def check(self) -> None:

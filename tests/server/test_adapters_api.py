@@ -319,6 +319,52 @@ class TestReload:
         assert ask(server, "x", 12) == right[0]
 
 
+class TestPin:
+    def test_it_stays_over_a_reload_until_it_is_taken_back(self, server: RunningServer, folder: Path) -> None:
+        def pinned(**fields: Any) -> bool:
+            reply = server.http.post(ADAPTERS, json={"name": "x", **fields})
+            assert reply.status_code in (200, 201), reply.text
+            assert card(server, "x") == card_of(reply)
+            return card_of(reply).pinned
+
+        sources = [str(folder / name) for name in ("routed", "dense")]
+        assert not pinned(source=sources[0])
+        assert pinned(pin=True)
+        assert pinned()
+        assert pinned(source=sources[1])
+        body = {"lora_name": "x", "lora_path": sources[0], "load_inplace": True}
+        assert server.http.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert card(server, "x").pinned
+        unread = server.http.post(ADAPTERS, json={"name": "x", "source": sources[1], "load": False})
+        assert_error(unread, 400, "'x' is pinned", param="load")
+        assert pinned(pin=None)
+        assert not pinned(pin=False, load=False)
+        assert not pinned(source=sources[1])
+        assert pinned(pin=True)
+        assert not pinned(source=sources[0], pin=False)
+        assert pinned(pin=True)
+        assert not pinned(source=sources[0], pin=False, load=False)
+
+    def test_a_reload_needs_no_room_for_two_pinned_ones(
+        self,
+        start_server: Callable[..., RunningServer],
+        tmp_path: Path,
+        tiny_adapters: Mapping[str, str],
+        tokens_of: Callable[..., list[int]],
+    ) -> None:
+        folder = fill(tmp_path / "adapters", tiny_adapters)
+        size = card_of(register(start_server(adapters={}, adapter_dir=str(folder)), "x", folder / "routed")).num_bytes
+        assert size is not None
+        server = start_server(adapters={}, adapter_dir=str(folder), adapter_memory=size + size // 4)
+        assert card_of(register(server, "x", folder / "routed", pin=True)).pinned
+        assert_error(register(server, "x", folder / "dense", pin=True), 422, "cannot be pinned", param="source")
+        assert card(server, "x").version == 1
+        wait_for(lambda: [*server.client._statuses["x"]] == [1])
+        reloaded = card_of(register(server, "x", folder / "dense"))
+        assert (reloaded.version, reloaded.pinned, reloaded.state) == (3, True, "resident")
+        assert ask(server, "x") == tokens_of("dense", 8)
+
+
 class TestDelete:
     def test_its_requests_are_waited_for(
         self, server: RunningServer, folder: Path, pool: ThreadPoolExecutor, tokens_of: Callable[..., list[int]]

@@ -361,6 +361,19 @@ class TestAdapters:
 
         run(work())
 
+    def test_what_cannot_be_pinned_does_not_stay(self, client: EngineClient) -> None:
+        async def work() -> None:
+            current = client.catalog.register("a", "1")
+            await client.warm_adapter(current, pin=True)
+            with pytest.raises(AdapterError, match="cannot be pinned"):
+                await client.warm_adapter(client.catalog.prepare("a", "unpinnable"), pin=True)
+            await until(lambda: set(client._statuses["a"]) == {current.version})
+            assert client.status("a").pinned
+            assert (await client.warm_adapter(current)).pinned, "as it was"
+            assert not (await client.warm_adapter(current, pin=False)).pinned
+
+        run(work())
+
     def test_many_at_once_and_some_give_up(self, client: EngineClient) -> None:
         async def work() -> None:
             refs = [AdapterRef(name=f"a{index}", source=str(index % 50)) for index in range(500)]
