@@ -73,6 +73,7 @@ class AdapterEndpoints:
         # Of the names that are being registered now: whoever works on a name holds its lock
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._work: set[asyncio.Task[Any]] = set()
+        self._deleting: dict[str, int] = {}  # the last version of names whose deletion waits for requests
 
     async def create(self, request: Request) -> Response:
         """Registers, loads, reloads or pins an adapter."""
@@ -203,17 +204,24 @@ class AdapterEndpoints:
             if name == self._models.base_name:
                 raise UnknownAdapterError
             self._catalog.remove(name)
+            # With what is being loaded for the name
+            version = self._catalog.last_version(name)
         except UnknownAdapterError as error:
-            raise _unknown(name, param=param) from error
+            if not (force and name in self._deleting):
+                raise _unknown(name, param=param) from error
+            version = self._deleting[name]
         logger.info("adapter %r is being deleted", name)
-        # With what is being loaded for the name
-        await self._finish(self._retire(name, self._catalog.last_version(name), force=force))
+        await self._finish(self._retire(name, version, force=force))
 
-    async def _retire(self, name: str, up_to_version: int, *, force: bool) -> None:
+    async def _retire(self, name: str, version: int, *, force: bool) -> None:
+        self._deleting[name] = version
         try:
-            await self._client.retire_adapter(name, up_to_version, force=force)
+            await self._client.retire_adapter(name, version, force=force)
         except EngineDeadError:  # and the adapter with it
             logger.info("adapter %r has gone with the engine", name)
+        finally:
+            if self._deleting.get(name) == version:
+                del self._deleting[name]
 
     async def _warm(self, ref: AdapterRef, *, pin: bool | None, param: str) -> None:
         """Returns when a version is in memory."""

@@ -407,6 +407,22 @@ class TestDelete:
         assert_error(whole.result(), 404, "'x'", "deleted", param="model")
         assert other.result() == tokens_of("routed", 60)
 
+    def test_one_that_waits_can_be_forced(self, server: RunningServer, folder: Path, pool: ThreadPoolExecutor) -> None:
+        register(server, "x", folder / "routed")
+        server.knobs.set(pace=SLOW)
+        stream = pool.submit(follow, server, "x", 240)
+        running(server, 1)
+        deletion = pool.submit(server.http.delete, f"{ADAPTERS}/x")
+        wait_for(lambda: server.http.get(f"{ADAPTERS}/x").status_code == 404)
+        assert_error(server.http.delete(f"{ADAPTERS}/x"), 404)
+        assert not deletion.done()
+        start = time.monotonic()
+        assert server.http.delete(f"{ADAPTERS}/x", params={"force": True}).status_code == 200
+        assert deletion.result().status_code == 200
+        assert time.monotonic() - start < 3
+        assert "deleted" in stream.result()[-1]["error"]["message"]
+        assert_error(server.http.delete(f"{ADAPTERS}/x", params={"force": True}), 404)
+
     def test_it_goes_on_when_its_client_hangs_up(
         self,
         start_server: Callable[..., RunningServer],
