@@ -254,7 +254,7 @@ def _run(server: uvicorn.Server, listener: socket.socket) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, so that nobody else takes it while the model loads."""
+    """A socket that has the address, so that nobody else takes it while the model loads; until then, clients wait."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -263,6 +263,7 @@ def _listen(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen()  # a bound address alone is not taken yet: two could be bound to it
         except OSError:
             listener.close()
             raise

@@ -137,6 +137,13 @@ def test_a_port_in_use_is_noticed_before_anything_is_loaded(capsys: pytest.Captu
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
 
 
+def test_a_server_that_loads_has_its_port_already(capsys: pytest.CaptureFixture[str]) -> None:
+    with cli._listen("127.0.0.1", 0) as loading:
+        port = loading.getsockname()[1]
+        assert cli.main(["serve", "--model", "/no/such/model", "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])
