@@ -14,6 +14,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -45,6 +46,7 @@ from perft_serve.server.protocol import (
     refusal,
 )
 from perft_serve.server.service import Service, new_request_id
+from perft_serve.server.sse import CLIENT_CLOSED_REQUEST
 from perft_serve.text import TextTokenizer
 
 # What is answered with an envelope where it was raised; anything else is caught by `Surroundings`.
@@ -115,6 +117,7 @@ def build_app(
     for error in _EXPECTED_ERRORS:
         app.add_exception_handler(error, _reply_to)
     app.add_exception_handler(RequestValidationError, _reply_to_bad_query)
+    app.add_exception_handler(ClientDisconnect, _reply_to_nobody)
     app.add_middleware(Surroundings, metrics=metrics)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
@@ -204,6 +207,11 @@ class Surroundings:
 
 async def _reply_to(request: Request, error: Exception) -> Response:
     return to_api_error(error).response()
+
+
+async def _reply_to_nobody(request: Request, error: Exception) -> Response:
+    """The client has hung up while it sent the body: nothing is wrong here, and only the metrics will see this."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _reply_to_bad_query(request: Request, error: Exception) -> Response:

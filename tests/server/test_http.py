@@ -400,12 +400,17 @@ class TestHangUps:
         server.wait_until_idle()
         assert server.client.stats().num_steps < steps + 100, "it ran to its end"
 
-    def test_while_sending_the_body(self, server: RunningServer) -> None:
+    def test_while_sending_the_body(self, server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
         with socket.create_connection(server.address) as connection:
             connection.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
                 b'content-length: 100\r\n\r\n{"model"'
             )
+        counted = 'perft_http_requests_total{handler="/v1/completions",status="499"}'
+        end = time.monotonic() + 5
+        while counted not in server.http.get("/metrics").text:
+            assert time.monotonic() < end
+        assert "Traceback" not in caplog.text
         assert server.complete(max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
