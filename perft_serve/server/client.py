@@ -198,7 +198,7 @@ class EngineClient:
 
     @property
     def error(self) -> str | None:
-        """Why the engine is not ready, if it was once."""
+        """Why the engine is not ready, if it was once; in words for clients."""
         return self._supervisor.error
 
     @property

@@ -69,8 +69,15 @@ class EngineGoneError(Exception):
     """The engine's process has ended, or is about to."""
 
 
+class EngineFailedError(Exception):
+    """The engine has raised something; the message says what."""
+
+
 class EngineHangsError(Exception):
     """The engine's process is there, but does nothing."""
+
+
+_KNOWN_ERRORS = (EngineStartError, EngineFailedError, EngineGoneError, EngineHangsError, MessageError, OSError)
 
 
 class Listener(Protocol):
@@ -83,7 +90,7 @@ class Listener(Protocol):
         """A step has ended."""
 
     def engine_gone(self, reason: str, retry_after: int | None) -> None:
-        """The engine has failed, and the next will start in about so many seconds, or (`None`) never."""
+        """The engine has failed, and the next will start in about so many seconds, or (`None`) never; clients may read why."""
 
 
 class EngineLink:
@@ -209,6 +216,20 @@ def _epitaph(status: int) -> str:
     return f"the engine's process was killed by {name}; its last words are in the log"
 
 
+def _for_clients(error: Exception) -> str:
+    """What clients are told of a failure. What others have said (a library's message, a path) is for the log alone."""
+    match error:
+        case EngineGoneError() | EngineHangsError():  # in our own words
+            return str(error)
+        case EngineFailedError():
+            return "the engine has failed; the log says why"
+        case EngineStartError() | OSError():
+            return "the engine cannot be started; the log says why"
+        case MessageError():
+            return "the engine and the server do not understand each other; the log has the message"
+    return "the engine's supervisor has failed; the log says why"
+
+
 def _delay(num_failures: int) -> float:
     """Seconds to wait before the next start: none at first, then 1, 2, 4, ..."""
     return 0.0 if num_failures == 1 else min(2.0 ** (num_failures - 2), MAX_BACKOFF_SECONDS)
@@ -247,7 +268,7 @@ class Supervisor:
         # Read from other threads
         self.state: EngineState = "starting"
         self.num_restarts = 0
-        self.error: str | None = None
+        self.error: str | None = None  # in words for clients
         self.pid: int | None = None
 
     def start(self) -> None:
@@ -286,13 +307,13 @@ class Supervisor:
             link.send(Start(config=self._engine_config))
             self._follow(link)
         except Exception as error:  # whatever it is, the listener must know, and another engine may do better
-            if not isinstance(error, (EngineStartError, EngineGoneError, EngineHangsError, MessageError, OSError)):
+            if not isinstance(error, _KNOWN_ERRORS):
                 logger.error("the supervisor has failed", exc_info=error)
             if not self._first_start.done():
                 self._fail_start(error)
                 delay = None
             else:
-                delay = self._fail(str(error))
+                delay = self._fail(error)
             if link is not None:
                 if isinstance(error, EngineHangsError):
                     link.dump()
@@ -309,7 +330,7 @@ class Supervisor:
         """Hears what an engine says until the server stops.
 
         Raises:
-            EngineStartError, EngineGoneError, EngineHangsError, MessageError: it is of no more use.
+            EngineStartError, EngineFailedError, EngineGoneError, EngineHangsError, MessageError: it is of no more use.
         """
         silence = 0.0
         while not self._closing.is_set():
@@ -344,25 +365,26 @@ class Supervisor:
             case StartFailed(reason=reason):
                 raise EngineStartError(reason)
             case Failed(reason=reason):
-                raise EngineGoneError(f"the engine has failed: {reason}")
+                raise EngineFailedError(f"the engine has failed: {reason}")
 
     def _fail_start(self, error: Exception) -> None:
         self.state = "dead"
-        self.error = str(error)
+        self.error = _for_clients(error)
         if not isinstance(error, (EngineStartError, OSError)):
             error = EngineStartError(str(error))
         self._first_start.set_exception(error)
 
-    def _fail(self, reason: str) -> float | None:
+    def _fail(self, error: Exception) -> float | None:
         """The engine has failed: tells everybody; returns after how many seconds to start another, if at all."""
+        reason = _for_clients(error)
         ran_well = self.state == "ready" and time.monotonic() - self._began > RUNS_WELL_SECONDS
         self._num_failures = 1 if ran_well else self._num_failures + 1
         if self._num_failures > self._config.engine_restarts:
-            logger.error("%s; it is given up after %d restarts", reason, self._num_failures - 1)
+            logger.error("%s; it is given up after %d restarts", error, self._num_failures - 1)
             self._end(reason)
             return None
         delay = _delay(self._num_failures)
-        logger.error("%s; restart %d of %d", reason, self._num_failures, self._config.engine_restarts)
+        logger.error("%s; restart %d of %d", error, self._num_failures, self._config.engine_restarts)
         self.error = reason
         self.state = "restarting"
         self._listener.engine_gone(reason, max(1, math.ceil(delay + self._start_seconds)))

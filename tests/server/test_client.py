@@ -263,23 +263,23 @@ def test_a_dead_engine_fails_everybody(knobs: Knobs, capfd: pytest.CaptureFixtur
         await until(lambda: client.stats().num_running == 2)
         knobs.set(failure="division by zero")
         for stream in streams:
-            with pytest.raises(EngineDeadError, match="division by zero"):
+            with pytest.raises(EngineDeadError, match="the engine has failed"):
                 await exhaust(stream)
-        with pytest.raises(EngineDeadError, match="division by zero"):
+        with pytest.raises(EngineDeadError, match="the engine has failed"):
             await waiting
-        with pytest.raises(EngineDeadError, match="has stopped: .*division by zero") as caught:
+        with pytest.raises(EngineDeadError, match="has stopped: the engine has failed; the log says why") as caught:
             client.submit([request("c")])
         assert caught.value.retry_after is None
         with pytest.raises(EngineDeadError):
             await client.retire_adapter("slow", 1)
         assert client.engine_state == "dead"
-        assert client.error == "the engine has failed: RuntimeError: division by zero"
+        assert client.error == "the engine has failed; the log says why"
 
     with running_client(knobs) as client:
         run(work(client))
     errors = capfd.readouterr().err
     assert "Traceback" in errors
-    assert "the engine has failed" in errors
+    assert "RuntimeError: division by zero" in errors
 
 
 def test_closing_ends_what_is_open(client: EngineClient) -> None:

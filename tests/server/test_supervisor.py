@@ -241,16 +241,19 @@ class TestDeath:
         with pytest.raises(EngineDeadError, match="being restarted"):
             answers(client)
 
-    def test_too_many_deaths_are_the_end(self, clients: Clients, knobs: Knobs) -> None:
+    def test_too_many_deaths_are_the_end(
+        self, clients: Clients, knobs: Knobs, caplog: pytest.LogCaptureFixture
+    ) -> None:
         client = clients.started(restarts=2)
-        knobs.set(start_failure="out of luck")
+        knobs.set(start_failure="there is no model at /x")
         os.kill(pid_of(client), signal.SIGKILL)
         until(lambda: client.engine_state == "dead")
         assert client.num_restarts == 2
-        assert client.error == "out of luck"
-        with pytest.raises(EngineDeadError, match="the engine has stopped: out of luck") as caught:
+        assert client.error == "the engine cannot be started; the log says why"
+        with pytest.raises(EngineDeadError, match="has stopped: the engine cannot be started; the log") as caught:
             answers(client)
         assert caught.value.retry_after is None
+        assert "there is no model at /x; it is given up after 2 restarts" in caplog.text
 
     def test_waiting_for_the_next_try_does_not_hold_up_a_stop(
         self, clients: Clients, knobs: Knobs, monkeypatch: pytest.MonkeyPatch
@@ -371,12 +374,13 @@ class TestHanging:
 
 
 class TestNonsense:
-    def test_from_the_front(self, clients: Clients) -> None:
+    def test_from_the_front(self, clients: Clients, caplog: pytest.LogCaptureFixture) -> None:
         client = clients.started()
         assert client._link is not None
         link = client._link
         error, _ = asyncio.run(lose(client, lambda: link._commands.send(b"\x81\xa4type\xa6Submit")))
-        assert "MessageError: a malformed command (Submit, 13 bytes)" in str(error)
+        assert "the engine has failed; the log says why" in str(error)
+        assert "MessageError: a malformed command (Submit, 13 bytes)" in caplog.text
         until(lambda: client.engine_state == "ready")
 
     def test_from_the_engine(self, clients: Clients) -> None:
