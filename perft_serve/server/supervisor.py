@@ -48,6 +48,11 @@ ENGINE_COMMAND = (sys.executable, "-m", "perft_serve.engine.process")
 # An engine that has run for so long has not failed because of how it was started: restarts count anew.
 RUNS_WELL_SECONDS = 300.0
 MAX_BACKOFF_SECONDS = 30.0
+# A start may read for long while it holds Python's lock: so much longer may it be silent, once it has said anything. One again
+# should take about as long as the first, which had no limit, since it may have fetched the model.
+_START_PATIENCE = 6
+_MIN_START_SECONDS = 600.0
+_START_FACTOR = 10
 # For the present step to end after `Stop`; for the stacks of a hanging process to be written; for what an ended process has
 # said to come out of the sockets.
 _STOP_SECONDS = 10.0
@@ -264,6 +269,7 @@ class Supervisor:
         # Of the supervisor's thread
         self._began = 0.0
         self._start_seconds = 0.0
+        self._most_start_seconds = math.inf
         self._num_failures = 0
         # Read from other threads
         self.state: EngineState = "starting"
@@ -332,15 +338,19 @@ class Supervisor:
         Raises:
             EngineStartError, EngineFailedError, EngineGoneError, EngineHangsError, MessageError: it is of no more use.
         """
-        silence = 0.0
+        silence, has_spoken = 0.0, False
         while not self._closing.is_set():
             reports = link.receive(_SLICE_SECONDS)
             silence = 0.0 if reports else silence + _SLICE_SECONDS
+            has_spoken = has_spoken or bool(reports)
             for report in reports:
                 self._take(link, report)
-            # A start may take minutes, and reading a model may hold Python's lock for long: only its death counts
-            if self.state == "ready" and silence > self._config.engine_heartbeat_timeout:
+            is_up = self.state == "ready"
+            patience = self._config.engine_heartbeat_timeout * (1 if is_up else _START_PATIENCE)
+            if has_spoken and silence > patience:
                 raise EngineHangsError(f"the engine's process has said nothing for {silence:g} seconds")
+            if not is_up and time.monotonic() - self._began > self._most_start_seconds:
+                raise EngineHangsError(f"the engine has not started within {self._most_start_seconds:.0f} seconds")
 
     def _take(self, link: EngineLink, report: Report) -> None:
         match report:
@@ -359,6 +369,7 @@ class Supervisor:
                 self.error = None
                 self.state = "ready"
                 if not self._first_start.done():
+                    self._most_start_seconds = max(_MIN_START_SECONDS, _START_FACTOR * self._start_seconds)
                     self._first_start.set_result(None)
                 else:
                     logger.info("the engine is back, after %.1f seconds", self._start_seconds)

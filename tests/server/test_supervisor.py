@@ -348,6 +348,34 @@ class TestHanging:
         assert answers(client)
         assert "counting_engine.py" in capfd.readouterr().err, "the log shows where it hung"
 
+    def test_a_restart_that_does_not_end(self, clients: Clients, knobs: Knobs, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(supervisor_module, "_MIN_START_SECONDS", 1.0)
+        monkeypatch.setattr(supervisor_module, "_START_FACTOR", 0)
+        client = clients.started(heartbeat=1)
+        knobs.set(start_failure="hang")
+        os.kill(pid_of(client), signal.SIGKILL)
+        until(lambda: client.engine_state == "dead")
+        assert client.error == "the engine has not started within 1 seconds"
+
+    @pytest.mark.parametrize("is_first", [True, False])
+    def test_one_that_falls_silent_while_it_starts(self, clients: Clients, knobs: Knobs, is_first: bool) -> None:
+        client = clients.new(heartbeat=1)
+        if is_first:
+            knobs.set(start_failure="hang")
+            client._supervisor._thread.start()
+            until(lambda: client.engine_pid)
+        else:
+            client.start()
+            first = pid_of(client)
+            knobs.set(start_failure="hang")
+            os.kill(first, signal.SIGKILL)
+            until(lambda: pid_of(client) != first)
+        time.sleep(2.5)
+        os.kill(pid_of(client), signal.SIGSTOP)
+        until(lambda: client.engine_state == "dead", seconds=15)
+        assert "has said nothing for" in str(client.error)
+        until(lambda: not is_alive(pid_of(client)))
+
     def test_slow_steps_are_no_hang(self, clients: Clients, knobs: Knobs) -> None:
         client = clients.started(heartbeat=1, step=3)
         knobs.set(pace=1.8)
