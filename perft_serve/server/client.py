@@ -24,14 +24,18 @@ from perft_serve.adapters.status import AdapterStatus
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.events import EngineRequest, EngineStats, FinishReason, TokenEvent
 from perft_serve.engine.limits import Limits
+from perft_serve.engine.loop import WINDOW
 from perft_serve.engine.messages import Abort, Delivered, Refusal, Retire, Started, StepOutput, Submit, Warm
-from perft_serve.engine.params import RequestError
+from perft_serve.engine.params import MAX_LOGPROBS, RequestError
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.metrics import EngineReading, Metrics, RequestRecorder
 from perft_serve.server.supervisor import ENGINE_COMMAND, EngineLink, EngineState, Supervisor
 
-# Events a reader may be behind, per request: far beyond what sockets buffer, so only a reader that has stopped gets there.
-MAX_PENDING_EVENTS = 4096
+# Events a reader may be behind, per request, beside what sockets buffer; more than come while the event loop is held up, which
+# is a window of the engine's. One with all the log-probabilities that can be asked for is ten times as large, and counts twice.
+MAX_PENDING_EVENTS = 4 * WINDOW
+# How long what has happened already may take to be sent, once nothing more will.
+DRAIN_SECONDS = 60.0
 # The engine learns after so many steps that they have been delivered; well below its window.
 _STEPS_PER_DELIVERED = 16
 
@@ -60,16 +64,20 @@ class EventStream:
     """The events of a few engine requests, in the order in which they happened; belongs to the event loop.
 
     Iterating gives lists: all events since the last one. Leaving the `with` block aborts what has not finished, so a
-    handler that is cancelled frees its requests' pages.
+    handler that is cancelled frees its requests' pages. Until then its requests count as open, finished or not: whoever does
+    not read the end of a reply holds memory as well.
     """
 
     def __init__(self, client: EngineClient, recorders: dict[str, RequestRecorder]) -> None:
         self._client = client
         self._open = recorders
+        self._num_requests = len(recorders)
         self._max_pending = MAX_PENDING_EVENTS * len(recorders)
         self._events: list[TokenEvent] = []
+        self._pending = 0.0  # what `_events` weigh
         self._failure: Exception | None = None
         self._changed = asyncio.Event()
+        self._over = asyncio.Event()
 
     def __enter__(self) -> Self:
         return self
@@ -78,6 +86,12 @@ class EventStream:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._give_up("abort")
+        self._client._close_stream(self)
+
+    async def overdue(self) -> None:
+        """Returns when everything has happened for so long that a reader who still takes what there is has stopped."""
+        await self._over.wait()
+        await asyncio.sleep(DRAIN_SECONDS)
 
     def __aiter__(self) -> Self:
         return self
@@ -90,7 +104,7 @@ class EventStream:
                 raise StopAsyncIteration
             self._changed.clear()
             await self._changed.wait()
-        events, self._events = self._events, []
+        events, self._events, self._pending = self._events, [], 0.0
         return events
 
     def finish(self, request_id: str) -> None:
@@ -99,6 +113,7 @@ class EventStream:
         if recorder is not None:
             recorder.finish("stop", time.monotonic())
             self._client._abort([request_id])
+            self._note_end()
 
     def _push(self, event: TokenEvent, now: float) -> None:
         recorder = self._open.get(event.request_id)
@@ -106,14 +121,16 @@ class EventStream:
             return
         recorder.record(event, now)
         self._events.append(event)
+        self._pending += 1.0 if event.logprobs is None else 1.0 + len(event.logprobs.top) / MAX_LOGPROBS
         if event.finish_reason is not None:
             del self._open[event.request_id]
-        elif len(self._events) > self._max_pending:
+            self._note_end()
+        elif self._pending > self._max_pending:
             self._fail(SlowReaderError(f"the client is {self._max_pending} tokens behind: the request was given up"))
         self._changed.set()
 
     def _fail(self, failure: Exception) -> None:
-        self._events = []
+        self._events, self._pending = [], 0.0
         self._failure = failure
         self._give_up("error")
         self._changed.set()
@@ -124,6 +141,11 @@ class EventStream:
             recorder.finish(reason, now)
         self._client._abort(list(self._open))
         self._open.clear()
+        self._note_end()
+
+    def _note_end(self) -> None:
+        if not self._open:
+            self._over.set()
 
 
 class EngineClient:
@@ -167,7 +189,8 @@ class EngineClient:
         self._retry_after: int | None = None
         self._lost: list[AdapterStatus] = []  # what the present engine was to have of what the last one had
         self._num_outputs = 0
-        self._streams: dict[str, EventStream] = {}
+        self._streams: dict[str, EventStream] = {}  # by request, until that is over
+        self._num_open = 0  # requests of streams that are not closed
         self._statuses: dict[str, dict[int, AdapterStatus]] = {}  # by name and version
         self._stats = EngineStats()
         # What engines that are gone have counted
@@ -233,13 +256,14 @@ class EngineClient:
         """
         link = self._present_link()
         self.check_number(len(requests))
-        if len(self._streams) + len(requests) > self._max_open_requests:
-            raise EngineBusyError(f"{len(self._streams)} completions are running or waiting: try again later")
+        if self._num_open + len(requests) > self._max_open_requests:
+            raise EngineBusyError(f"{self._num_open} completions are running or waiting: try again later")
         assert not any(request.request_id in self._streams for request in requests), "a request's id is in use"
         link.send(Submit(requests=list(requests)))
         stream = EventStream(self, {request.request_id: self._metrics.track(request) for request in requests})
         for request in requests:
             self._streams[request.request_id] = stream
+        self._num_open += len(requests)
         return stream
 
     def check_number(self, num_requests: int) -> None:
@@ -452,6 +476,10 @@ class EngineClient:
 
     def _dead(self) -> EngineDeadError:
         return EngineDeadError(self._why_down, retry_after=self._retry_after)
+
+    def _close_stream(self, stream: EventStream) -> None:
+        self._num_open -= stream._num_requests
+        stream._num_requests = 0
 
     def _abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:

@@ -24,23 +24,27 @@ T = TypeVar("T")
 CLIENT_CLOSED_REQUEST = 499
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], *others: Coroutine[Any, Any, None]) -> T:
     """Does `work` as long as the client is there; the request's body must have been read.
+
+    Args:
+        others: when one of them ends, the client counts as gone.
 
     Raises:
         ClientDisconnect: the client has hung up; `work` was cancelled, and has cleaned up after itself.
     """
     task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_disconnect(receive))
+    watchers = [asyncio.ensure_future(each) for each in (_disconnect(receive), *others)]
     try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, *watchers), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientDisconnect
     finally:
         task.cancel()
-        watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(task, *watchers, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -53,7 +57,7 @@ class EventStreamResponse(Response):
 
     The reply starts with the first thing there is to send, so what goes wrong before that (no room, an adapter that cannot
     be loaded) still gets a status of its own; after that, an error is an event. When the client hangs up, what is open is
-    aborted.
+    aborted; when it does not take the end of the reply in time, that breaks off.
 
     Args:
         submit: opens the stream of engine events.
@@ -81,7 +85,7 @@ class EventStreamResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._submit() as events:
             try:
-                await until_disconnect(receive, self._send_events(events, send))
+                await until_disconnect(receive, self._send_events(events, send), events.overdue())
             except ClientDisconnect:
                 if not self._started:
                     await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)

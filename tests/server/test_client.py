@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from perft.errors import AdapterError
 from perft_serve.adapters.catalog import AdapterRef, UnknownAdapterError
 from perft_serve.engine.config import EngineConfig
-from perft_serve.engine.events import EngineRequest, TokenEvent
+from perft_serve.engine.events import EngineRequest, TokenEvent, TokenLogprobs
 from perft_serve.engine.loop import WINDOW
 from perft_serve.engine.params import RequestError, SamplingParams
 from perft_serve.server.client import EngineBusyError, EngineClient, EngineDeadError, EventStream, SlowReaderError
@@ -174,6 +174,31 @@ def test_a_reader_that_stops_loses_its_request_but_delays_nobody(
             await until_idle(client)
             with pytest.raises(SlowReaderError, match="100 tokens behind"):
                 await anext(slow)
+
+    run(work())
+
+
+def test_log_probabilities_count_as_events(client: EngineClient) -> None:
+    async def work() -> None:
+        logprobs = TokenLogprobs(token_id=0, logprob=0.0, top=((0, 0.0),) * 20)
+        with client.submit([request("a", max_tokens=FOR_EVER)]) as stream:
+            for _ in range(WINDOW * 2):  # whatever is asked for, a held up event loop fails nobody
+                stream._push(TokenEvent(request_id="a", token_id=0, logprobs=logprobs), 0.0)
+            assert stream._failure is None
+            stream._push(TokenEvent(request_id="a", token_id=0, logprobs=logprobs), 0.0)
+            with pytest.raises(SlowReaderError):
+                await anext(stream)
+
+    run(work())
+
+
+def test_finished_requests_are_open_until_they_are_read(client: EngineClient) -> None:
+    async def work() -> None:
+        with client.submit([request(str(index)) for index in range(50)]):
+            await until(lambda: not client._streams)
+            with pytest.raises(EngineBusyError, match="50 completions"):
+                client.submit([request("more")])
+        assert await tokens_of(client, request("more"))
 
     run(work())
 

@@ -449,6 +449,24 @@ class TestLimits:
             text = reply.read().decode()
         assert "tokens behind" in events_of(text)[-1]["error"]["message"]
 
+    @pytest.mark.parametrize("num_tokens", [250, 5])
+    def test_a_reader_that_never_goes_on_does_not_stay(
+        self, start_server: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch, num_tokens: int
+    ) -> None:
+        """Whether its request was given up, or is complete."""
+        monkeypatch.setattr("perft_serve.server.client.MAX_PENDING_EVENTS", 8)
+        monkeypatch.setattr("perft_serve.server.client.DRAIN_SECONDS", 0.3)
+        monkeypatch.setattr(
+            "perft_serve.server.completions.CompletionFormat.chunk", lambda *_: '"' + "x" * 4_000_000 + '"'
+        )
+        server = start_server()
+        server.knobs.set(pace=0.005)
+        body = {"model": BASE, "prompt": "hello", "max_tokens": num_tokens, "stream": True, "ignore_eos": True}
+        with server.http.stream("POST", COMPLETIONS, json=body):
+            server.wait_until(lambda stats: stats.num_steps > 1)
+            server.wait_until_idle()
+            server.wait_until(lambda _: server.client._num_open == 0)
+
 
 class TestFailures:
     def test_a_request_that_the_engine_refuses_fails_alone(self, server: RunningServer) -> None:
