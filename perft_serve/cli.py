@@ -245,8 +245,12 @@ class _Server(uvicorn.Server):
 
 def _run(server: uvicorn.Server, listener: socket.socket) -> None:
     """Runs until a signal; uvicorn raises it again when done, which is a normal end here."""
-    # uvicorn's own handlers stand while it runs; ours catch what it raises again afterwards.
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    # uvicorn's own handlers stand while it runs; ours catch what comes before, and what it raises again afterwards
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listener])
     finally:

@@ -254,6 +254,7 @@ def test_giving_up_while_it_starts(process: Process) -> None:
         assert process.process.poll() is None
         time.sleep(0.05)
     (engine,) = process.engines()
+    os.kill(engine, signal.SIGSTOP)  # it is not to be ready before the signal comes
     process.signal(signal.SIGINT)
     _, errors = process.process.communicate(timeout=30)
     assert process.process.returncode == 130

@@ -137,6 +137,7 @@ class EngineLink:
             raise
         self._poller.register(self._reports, zmq.POLLIN)
         self._poller.register(bell.fileno(), zmq.POLLIN)
+        self._exited = threading.Event()
         self._waiter = threading.Thread(target=self._wait, name="engine-exit", daemon=True)
         self._waiter.start()
 
@@ -163,7 +164,7 @@ class EngineLink:
             EngineGoneError: the process has ended, and everything that it said was received.
             MessageError: it said something that makes no sense.
         """
-        exited = self._process.poll() is not None
+        exited = self._exited.is_set()  # asking the system at every step would cost more than reading the report
         if exited:
             self._reports.poll(int(_LAST_WORDS_SECONDS * 1000))
         else:
@@ -205,6 +206,7 @@ class EngineLink:
 
     def _wait(self) -> None:
         self._process.wait()
+        self._exited.set()
         self._bell.ring()
 
 
