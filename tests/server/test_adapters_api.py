@@ -499,6 +499,7 @@ class TestDelete:
         for path in (ADAPTERS, "/v1/models", "/metrics"):
             shutil.copytree(folder / "routed", spare)
             assert server.http.post(ADAPTERS, json={"name": spare.name, "pin": True}).json()["pinned"]
+            assert server.client._statuses[spare.name]
             shutil.rmtree(spare)
             assert server.http.get(path).status_code == 200
             assert_error(server.http.get(f"{ADAPTERS}/{spare.name}"), 404)
