@@ -1,29 +1,10 @@
-"""PERFT (arXiv 2411.08212) as a PEFT method. Naming `PerftConfig`, `PerftLayer` or `PerftModel` registers the method with PEFT.
+"""PERFT (arXiv 2411.08212) as a PEFT method. Importing the package registers the method with PEFT; nothing else happens."""
 
-Only then are PEFT and torch imported: the server's process needs neither, and has this package for its errors.
-"""
-
-from typing import TYPE_CHECKING
-
+from perft.config import PerftConfig as PerftConfig
 from perft.errors import AdapterError as AdapterError
 from perft.errors import BaseModelError as BaseModelError
 from perft.errors import PerftError as PerftError
-
-if TYPE_CHECKING:
-    from perft.config import PerftConfig as PerftConfig
-    from perft.layer import PerftLayer as PerftLayer
-    from perft.model import PerftModel as PerftModel
-else:
-
-    def __getattr__(name: str) -> object:
-        if name not in ("PerftConfig", "PerftLayer", "PerftModel"):
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from perft.config import PerftConfig
-        from perft.layer import PerftLayer
-        from perft.model import PerftModel  # registers the method
-
-        globals().update(PerftConfig=PerftConfig, PerftLayer=PerftLayer, PerftModel=PerftModel)
-        return globals()[name]
-
+from perft.layer import PerftLayer as PerftLayer
+from perft.model import PerftModel as PerftModel
 
 __version__ = "0.1.0"

@@ -24,6 +24,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from rich.console import Console
 
+from perft.demo_base import build_demo_base
 from perft_serve.adapters.catalog import AdapterCatalog
 from perft_serve.adapters.sources import SourcePolicy
 from perft_serve.engine.config import EngineConfig
@@ -182,8 +183,6 @@ def _demo(args: argparse.Namespace) -> None:
         raise ValueError(
             f"no demo adapters at {args.adapter_dir}: run this in a checkout of the project, or give --adapter-dir"
         )
-    from perft.demo_base import build_demo_base  # which imports torch, as serving does not
-
     console = Console(stderr=True)
     with console.status(f"Building the demo base in {args.base_dir}, or checking it (under a minute)"):
         build_demo_base(args.base_dir, experts=4, top_k=2)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
+from transformers import AutoTokenizer
 
 from perft_serve.engine.params import RequestError
 
@@ -146,9 +147,6 @@ def load_tokenizer(model: str) -> TextTokenizer | None:
         return None
     if folder.is_absolute() and not folder.exists():
         raise FileNotFoundError(f"there is no model at {model}")
-    # Here, for it imports torch: a server without a tokenizer has none
-    from transformers import AutoTokenizer
-
     return TextTokenizer(AutoTokenizer.from_pretrained(model))
 
 

@@ -185,26 +185,6 @@ def test_the_front_computes_nothing() -> None:
             assert known & TENSORS <= allowed, module
 
 
-FRONT_IMPORTS = """
-import sys
-import perft, perft_serve
-import perft_serve.cli, perft_serve.server.app
-print(sorted({"torch", "transformers", "peft"} & set(sys.modules)))
-assert not {"LLM", "PerftConfig"} & (set(vars(perft)) | set(vars(perft_serve)))
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from perft import PerftConfig
-from perft_serve import LLM, RequestOutput
-assert PEFT_TYPE_TO_CONFIG_MAPPING["PERFT"] is PerftConfig
-"""
-
-
-def test_starting_the_server_imports_no_torch() -> None:
-    """What the front imports before it has read its tokenizer; names that need torch are there when they are asked for."""
-    run = subprocess.run([sys.executable, "-c", FRONT_IMPORTS], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "[]"
-
-
 def test_nothing_is_unpickled() -> None:
     """An adapter is a file from a stranger: safetensors only."""
     for name, file in modules().items():

@@ -155,9 +155,7 @@ def test_the_demo_builds_its_base_and_serves_it(
     served: list[tuple[EngineConfig, ServerConfig]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     built: list[tuple[Path, int, int]] = []
-    monkeypatch.setattr(
-        "perft.demo_base.build_demo_base", lambda path, experts, top_k: built.append((path, experts, top_k))
-    )
+    monkeypatch.setattr(cli, "build_demo_base", lambda path, experts, top_k: built.append((path, experts, top_k)))
     arguments = ["demo", "--base-dir", str(tmp_path / "base"), "--adapter-dir", str(tmp_path), "--port", "0"]
     assert cli.main(arguments) == 0
     assert built == [(tmp_path / "base", 4, 2)]
