@@ -222,7 +222,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[
             port = listener.getsockname()[1]
             names = [ref.name for ref in client.catalog.page()]
             server = _Server(
-                uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=config.shutdown_timeout),
+                # h11 bounds what a client may send as headers
+                uvicorn.Config(app, http="h11", log_config=None, timeout_graceful_shutdown=config.shutdown_timeout),
                 announcement=_announcement(config.host, port, base_name, names, examples),
             )
             _run(server, listener)
