@@ -215,9 +215,10 @@ class Process:
         os.killpg(self.process.pid, number)
 
     def engines(self) -> list[int]:
-        """The engine's process, once there is one."""
+        """The engine's process, once there is one that runs its own program."""
         files = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(pid) for file in files for pid in file.read_text().split()]
+        children = [pid for file in files for pid in file.read_text().split()]
+        return [int(pid) for pid in children if b"perft_serve.engine" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.fixture
@@ -225,7 +226,7 @@ def process(tiny_base: Path) -> Iterator[Process]:
     process = Process(tiny_base)
     yield process
     if process.process.poll() is None:
-        process.process.kill()
+        process.signal(signal.SIGKILL)  # to the engine's process too
         process.process.communicate()
 
 
