@@ -325,6 +325,11 @@ class Program:
                 part.run()
             else:
                 self._kernels("perft_run", ctypes.addressof(part.calls), part.num_calls)
+        return self.output
+
+    @property
+    def output(self) -> Tensor:
+        """What the last run has given; recording ends with one."""
         assert self._output is not None
         return self._output
 

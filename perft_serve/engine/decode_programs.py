@@ -92,6 +92,7 @@ class DecodePrograms:
             self._programs[key] = program
             if len(self._programs) > MAX_PROGRAMS:
                 self._programs.popitem(last=False)
+            return program.output  # recording has run it
         self._programs.move_to_end(key)
         return program.run()
 
