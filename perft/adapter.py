@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -30,14 +31,19 @@ from perft.config import PerftConfig
 from perft.errors import AdapterError, PerftError, printable
 from perft.model import resolve_config
 from perft.moe import MoeBlock
+from perft.tensor_file import TensorFileError, TensorInfo, read_header, read_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_DOWN, _UP, _GATE = "perft_down", "perft_up", "perft_gate"
+_PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+)\.(?P<kind>perft_down|perft_up|perft_gate)$")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fields of the configuration that change what the adapter computes: they are part of its identity
 _IDENTITY_FIELDS = ("variant", "r", "unit", "alpha", "num_experts", "top_k", "norm_topk", "combine")
+
+_Place: TypeAlias = "tuple[int, str]"  # decoder layer, kind of tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +56,8 @@ class LayerTensors:
 
     def named(self) -> dict[str, Tensor]:
         """Its tensors by their names on disk."""
-        tensors = {"perft_down": self.down_MRD, "perft_up": self.up_MRD}
-        return tensors if self.gate_MD is None else {**tensors, "perft_gate": self.gate_MD}
+        tensors = {_DOWN: self.down_MRD, _UP: self.up_MRD}
+        return tensors if self.gate_MD is None else {**tensors, _GATE: self.gate_MD}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +68,14 @@ class Adapter:
         config: its configuration, as it was written.
         layers: its tensors by decoder layer.
         digest: sha256 (hex) over what it computes: the configuration's meaning and every tensor's bytes.
+        rows_SD: all its tensors as rows in one piece, down and up of each layer in turn, then all gates; `None` if they have
+            more than one dtype. Those in `layers` are views of it.
     """
 
     config: PerftConfig
     layers: dict[int, LayerTensors]
     digest: str
+    rows_SD: Tensor | None
 
     @property
     def num_experts(self) -> int:
@@ -147,12 +156,29 @@ def read_adapter(path: str | Path, blocks: Sequence[MoeBlock] | None = None) -> 
             else "the file does not exist"
         )
         raise AdapterError(f"no {WEIGHTS_FILE} in {str(path)!r}: {reason}")
-    found = read_safetensors(file)
     try:
-        layers, digest = _sort_tensors(found, config, blocks)
+        with file.open("rb", buffering=0) as opened:
+            found = read_header(opened)
+            keys = _sort_tensors(found, config, blocks)
+            flats, tensors = _allocate(found, keys)
+            read_tensors(opened, found, {keys[place]: tensor for place, tensor in tensors.items()})
+        _check_finite(flats, tensors, keys)
+    except (TensorFileError, OSError) as error:
+        raise AdapterError(f"{file}: not a whole safetensors file: {error}") from error
     except PerftError as error:
         raise AdapterError(f"{file}: {error}") from error
-    return Adapter(config=config, layers=layers, digest=digest)
+    layers = {
+        layer: LayerTensors(down_MRD=tensor, up_MRD=tensors[layer, _UP], gate_MD=tensors.get((layer, _GATE)))
+        for (layer, kind), tensor in tensors.items()
+        if kind == _DOWN
+    }
+    hidden_size = next(iter(tensors.values())).shape[-1]
+    return Adapter(
+        config=config,
+        layers=layers,
+        digest=_digest(config, flats, tensors),
+        rows_SD=flats[0].view(-1, hidden_size) if len(flats) == 1 else None,
+    )
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -194,7 +220,7 @@ def write_adapter(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"base_model.model.{block_names[layer]}.{kind}": tensor.contiguous()
+        f"{_PREFIX}{block_names[layer]}.{kind}": tensor.contiguous()
         for layer, rows in layers.items()
         for kind, tensor in rows.named().items()
     }
@@ -206,23 +232,24 @@ def write_adapter(
 
 
 def _sort_tensors(
-    found: Mapping[str, Tensor], config: PerftConfig, blocks: Sequence[MoeBlock] | None
-) -> tuple[dict[int, LayerTensors], str]:
-    """The tensors of a file by layer, every one accounted for, and the digest."""
-    by_path: dict[str, dict[str, Tensor]] = {}
+    found: Mapping[str, TensorInfo], config: PerftConfig, blocks: Sequence[MoeBlock] | None
+) -> dict[_Place, str]:
+    """The names of a file's tensors by their places, in the order of `Adapter.rows_SD`, every one accounted for."""
+    by_path: dict[str, dict[str, str]] = {}
     left_over = []
-    for key, tensor in found.items():
+    for key in found:
         match = _KEY.match(key)
         if match is None:
             left_over.append(key)
         else:
-            by_path.setdefault(match["path"], {})[match["kind"]] = tensor
+            by_path.setdefault(match["path"], {})[match["kind"]] = key
     if left_over:
         raise AdapterError(f"tensors that do not belong to a PERFT adapter: {_some(left_over)}")
     if not by_path:
         raise AdapterError("it holds no tensors")
-    identity = {name: getattr(config, name) for name in _IDENTITY_FIELDS}  # as written, whatever the base makes of it
-    expected = _expected_blocks(config, by_path, blocks)
+    expected = _expected_blocks(
+        config, {path: found[keys[_DOWN]].shape if _DOWN in keys else () for path, keys in by_path.items()}, blocks
+    )
     missing = [block.name for block in expected if block.name not in by_path]
     extra = sorted(set(by_path) - {block.name for block in expected})
     if missing:
@@ -231,20 +258,26 @@ def _sort_tensors(
         raise AdapterError(
             f"tensors for modules that the base does not have, or that are not to be adapted: {_some(extra)}"
         )
-    layers = {block.layer: _layer(config, block, by_path[block.name]) for block in expected}
-    return layers, _digest(identity, layers)
+    for block in expected:
+        _check_layer(config, block, {kind: found[key] for kind, key in by_path[block.name].items()})
+    return {
+        (block.layer, kind): by_path[block.name][kind]
+        for kinds in ((_DOWN, _UP), (_GATE,))
+        for block in expected
+        for kind in kinds
+        if kind in by_path[block.name]
+    }
 
 
 def _expected_blocks(
-    config: PerftConfig, by_path: Mapping[str, Mapping[str, Tensor]], blocks: Sequence[MoeBlock] | None
+    config: PerftConfig, down_shapes: Mapping[str, tuple[int, ...]], blocks: Sequence[MoeBlock] | None
 ) -> list[MoeBlock]:
-    """The blocks that must have tensors; without a base, the ones that the tensors' own names and shapes imply."""
+    """The blocks that must have tensors, in layer order; without a base, the ones that the tensors' paths and shapes imply."""
     if blocks is not None:
-        return resolve_config(config, list(blocks))
+        return sorted(resolve_config(config, list(blocks)), key=lambda block: block.layer)
     implied = []
-    for path, tensors in by_path.items():
+    for path, shape in down_shapes.items():
         numbers = re.findall(r"\.(\d+)\.", f".{path}.")
-        shape = tensors.get("perft_down", torch.empty(0, 0, 0)).shape
         if not numbers or len(shape) != 3:
             raise AdapterError(f"cannot tell the layer or the shape of {path!r}")
         num_experts = config.num_experts if config.num_experts is not None else shape[0]
@@ -269,18 +302,18 @@ def _expected_blocks(
     return sorted(implied, key=lambda block: block.layer)
 
 
-def _layer(config: PerftConfig, block: MoeBlock, tensors: Mapping[str, Tensor]) -> LayerTensors:
+def _check_layer(config: PerftConfig, block: MoeBlock, tensors: Mapping[str, TensorInfo]) -> None:
     num_experts = block.num_experts if config.num_experts is None else config.num_experts
     shapes: dict[str, tuple[int, ...]] = {
-        "perft_down": (num_experts, config.r, block.hidden_size),
-        "perft_up": (num_experts, config.r, block.hidden_size),
+        _DOWN: (num_experts, config.r, block.hidden_size),
+        _UP: (num_experts, config.r, block.hidden_size),
     }
     if config.variant == "R":
-        shapes["perft_gate"] = (num_experts, block.hidden_size)
+        shapes[_GATE] = (num_experts, block.hidden_size)
     for kind, shape in shapes.items():
         if kind not in tensors:
             raise AdapterError(f"tensor {block.name}.{kind} is missing")
-        if tuple(tensors[kind].shape) != shape:
+        if tensors[kind].shape != shape:
             raise AdapterError(
                 f"tensor {block.name}.{kind} has shape {list(tensors[kind].shape)}, but {list(shape)} is needed"
                 + _shape_hint(config)
@@ -290,9 +323,28 @@ def _layer(config: PerftConfig, block: MoeBlock, tensors: Mapping[str, Tensor]) 
             raise AdapterError(f"tensor {block.name}.{kind} does not belong to variant {config.variant}")
         if tensor.dtype not in _DTYPES:
             raise AdapterError(f"tensor {block.name}.{kind} is {tensor.dtype}; float32, bfloat16 or float16 is needed")
-        if not is_finite(tensor):
-            raise AdapterError(f"tensor {block.name}.{kind} holds NaN or infinity")
-    return LayerTensors(down_MRD=tensors["perft_down"], up_MRD=tensors["perft_up"], gate_MD=tensors.get("perft_gate"))
+
+
+def _allocate(found: Mapping[str, TensorInfo], keys: Mapping[_Place, str]) -> tuple[list[Tensor], dict[_Place, Tensor]]:
+    """Memory for the tensors of a file: one piece for each dtype, and the tensors as views of these."""
+    infos = {place: found[key] for place, key in keys.items()}
+    flats: list[Tensor] = []
+    tensors: dict[_Place, Tensor] = {}
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
+        for dtype in dict.fromkeys(info.dtype for info in infos.values()):
+            shapes = {place: info.shape for place, info in infos.items() if info.dtype == dtype}
+            sizes = [math.prod(shape) for shape in shapes.values()]
+            flats.append(torch.empty(sum(sizes), dtype=dtype))
+            pieces = zip(shapes.items(), flats[-1].split(sizes), strict=True)
+            tensors |= {place: piece.view(shape) for (place, shape), piece in pieces}
+    return flats, {place: tensors[place] for place in infos}
+
+
+def _check_finite(flats: Sequence[Tensor], tensors: Mapping[_Place, Tensor], keys: Mapping[_Place, str]) -> None:
+    """One look at all of it, and only if that finds something, at each."""
+    if not all(is_finite(flat) for flat in flats):
+        bad = next(place for place, tensor in tensors.items() if not is_finite(tensor))
+        raise AdapterError(f"tensor {keys[bad].removeprefix(_PREFIX)} holds NaN or infinity")
 
 
 def _shape_hint(config: PerftConfig) -> str:
@@ -300,13 +352,12 @@ def _shape_hint(config: PerftConfig) -> str:
     return f" ({first}, r={config.r}, hidden size of the base): is the adapter for another base?"
 
 
-def _digest(identity: Mapping[str, object], layers: Mapping[int, LayerTensors]) -> str:
-    digest = hashlib.sha256()
-    digest.update(json.dumps(identity, sort_keys=True).encode())
-    for layer in sorted(layers):
-        for kind, tensor in sorted(layers[layer].named().items()):
-            digest.update(f"{layer}.{kind}.{tensor.dtype}.{list(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+def _digest(config: PerftConfig, flats: Sequence[Tensor], tensors: Mapping[_Place, Tensor]) -> str:
+    identity = {name: getattr(config, name) for name in _IDENTITY_FIELDS}  # as written, whatever the base makes of it
+    form = [[layer, kind, str(tensor.dtype), list(tensor.shape)] for (layer, kind), tensor in tensors.items()]
+    digest = hashlib.sha256(json.dumps([identity, form], sort_keys=True).encode())
+    for piece in flats if len(flats) == 1 else tensors.values():
+        digest.update(piece.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

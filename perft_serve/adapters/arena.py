@@ -266,23 +266,24 @@ class AdapterArena:
             AdapterError: its values overflow the arena's dtype.
         """
         ordinals = tuple(l for l, block in enumerate(self.blocks) if block.layer in adapter.layers)
-        layers = [adapter.layers[self.blocks[l].layer] for l in ordinals]
-        tensors = [t for layer in layers for t in (layer.down_MRD, layer.up_MRD)]
-        tensors += [layer.gate_MD for layer in layers if layer.gate_MD is not None]
         hidden_size, dtype = self.rows_SD.shape[1], self.rows_SD.dtype
+        pieces = [adapter.rows_SD] if adapter.rows_SD is not None else _in_order(adapter)
         with torch.inference_mode(False):
-            rows_SD = torch.empty(
-                sum(t.numel() for t in tensors) // hidden_size,
-                hidden_size,
-                dtype=dtype,
-                pin_memory=self.device.type == "cuda",
-            )
-            row = 0
-            for tensor in tensors:
-                rows = tensor.reshape(-1, hidden_size)
-                rows_SD[row : row + rows.shape[0]] = rows
-                row += rows.shape[0]
-        if any(t.dtype != dtype for t in tensors) and not is_finite(rows_SD):
+            if len(pieces) == 1 and pieces[0].dtype == dtype and self.device.type != "cuda":
+                rows_SD = pieces[0]
+            else:
+                rows_SD = torch.empty(
+                    sum(piece.numel() for piece in pieces) // hidden_size,
+                    hidden_size,
+                    dtype=dtype,
+                    pin_memory=self.device.type == "cuda",
+                )
+                row = 0
+                for piece in pieces:
+                    rows = piece.view(-1, hidden_size)
+                    rows_SD[row : row + rows.shape[0]] = rows
+                    row += rows.shape[0]
+        if any(piece.dtype != dtype for piece in pieces) and not is_finite(rows_SD):
             raise AdapterError(f"its values do not fit into {dtype}")
         # where nobody knows the base's top-k, a token could at the most take all
         width = adapter.config.experts_per_token(adapter.num_experts, self.blocks[0].top_k) or adapter.num_experts
@@ -468,6 +469,13 @@ class AdapterArena:
             self.rule_A6 = _grown(self.rule_A6, 0, 2 * slot, 0)
             self.gate_row_LA = _grown(self.gate_row_LA, 1, 2 * slot, -1)
         return slot
+
+
+def _in_order(adapter: Adapter) -> list[Tensor]:
+    """Its tensors in the order of the rows that it is staged as."""
+    layers = [adapter.layers[layer] for layer in sorted(adapter.layers)]
+    tensors = [tensor for layer in layers for tensor in (layer.down_MRD, layer.up_MRD)]
+    return tensors + [layer.gate_MD for layer in layers if layer.gate_MD is not None]
 
 
 def _pieces(staged: StagedAdapter) -> list[tuple[int, int]]:
