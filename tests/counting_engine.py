@@ -46,6 +46,9 @@ class CountingEngine:
         for name, source in config.adapters.items():
             self.warm(AdapterRef(name=name, source=source))
 
+    def foresee(self, request: EngineRequest) -> None:
+        """Nothing can be prepared for counting."""
+
     def submit(self, request: EngineRequest) -> None:
         refuse = self._knobs.read().refuse
         if request.prompt_ids == refuse:

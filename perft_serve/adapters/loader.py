@@ -1,8 +1,11 @@
 """Adapters read, checked and staged off the engine's loop, each load in a thread of its own.
 
-In: a source. Out: a `StagedAdapter`, or why there is none, as data. A thread fetches (which may hang on a network and then
-holds up nothing but itself), reads (`perft.adapter`: safetensors only, whole or not at all, fitting the base) and stages.
-Only the queue of results is shared with the engine's thread. It knows no names.
+In: a ref to an adapter. Out: a `StagedAdapter`, or why there is none, as data. A thread fetches (which may hang on a network
+and then holds up nothing but itself), reads (`perft.adapter`: safetensors only, whole or not at all, fitting the base) and
+stages. Only the queue of results is shared with the engine's thread. What a ref's name and version mean it does not know.
+
+Whoever hears of a request before the engine's thread does may have its adapter read ahead: the load that the engine's thread
+starts later is then that one, begun earlier.
 
 A thread cannot be stopped. A load that takes too long is given up: it has failed, what it brings later finds no taker, and
 another may start in its place.
@@ -15,11 +18,10 @@ import contextlib
 import logging
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,17 +30,19 @@ from perft.adapter import Adapter, read_adapter
 from perft.errors import AdapterError, printable
 from perft.moe import MoeBlock
 from perft_serve.adapters.arena import StagedAdapter
+from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.sources import check_sizes, fetched, is_remote
 
 # Loads under way at once, of local folders, and as many of remote sources: a network that hangs holds up no folder.
 MAX_LOADS = 8
 # After that long a load is given up: it hangs, or is of no use to who waits for it.
 LOAD_DEADLINE_SECONDS = 600.0
+# For so long what was read ahead may be claimed: its request is a step behind it, not more.
+AHEAD_SECONDS = 1.0
 # Of these, a few may compute at once, since cores are the engine's. On a disk that hangs nobody waits for long, though.
 _MAX_READING = max(1, min(MAX_LOADS, (os.cpu_count() or 1) // 4))
 _READING_PATIENCE_SECONDS = 2.0
 _CLOSING_PATIENCE_SECONDS = 5.0
-_NICENESS = 0
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +73,18 @@ class _Load:
     started: float
 
 
+class _Task:
+    """What a loader's thread does, and for which load. It may begin before that load is asked for."""
+
+    def __init__(self, ref: AdapterRef, number: int | None) -> None:
+        self.ref = ref
+        self.number = number  # of the load; `None`: nobody has asked for it yet
+        self.started = time.monotonic()
+        self.ended: Loaded | None = None
+        self.ready = threading.Event()
+        self.thread: threading.Thread  # set before it starts
+
+
 class Loader:
     """Loads, each in a thread of its own.
 
@@ -94,6 +110,8 @@ class Loader:
         self._reading = threading.Semaphore(_MAX_READING)
         self._loads: dict[int, _Load] = {}  # those that are not taken yet, in the order in which they were started
         self._given_up: dict[int, threading.Thread] = {}
+        self._lock = threading.Lock()  # of `_ahead`, the tasks' numbers and ends, and torch's number of threads
+        self._ahead: _Task | None = None  # what was read ahead last
         self._closed = threading.Event()
         self._watching = threading.Lock()
         self._watcher: threading.Thread | None = None  # while there are loads
@@ -112,36 +130,38 @@ class Loader:
         """Whether `take_results` would give something."""
         return not self._results.empty() or self._is_overdue()
 
-    def start(self, number: int, source: str) -> None:
-        """Start a load; there must be a slot for its kind of source.
-
-        Its thread's tensor operations use one core, or they would compete with the engine's team of threads.
-        `torch.set_num_threads` is the calling thread's own with OpenMP, but it is also what threads that are new to torch
-        begin with; so it is set back here.
-        """
-        assert self.has_slot(is_remote(source))
-        if not self._loads and not self._given_up:
-            atexit.register(self.close)  # an interpreter that ends under a thread in torch aborts the process
-        num_threads = torch.get_num_threads()
-        ready = threading.Event()
-        thread = threading.Thread(
-            target=self._run, args=(number, source, ready), name=f"adapter-load-{number}", daemon=True
-        )
-        self._loads[number] = _Load(source=source, thread=thread, started=time.monotonic())
-        try:
-            thread.start()
-        except RuntimeError:
-            _logger.warning("cannot load the adapter at %r", source, exc_info=True)
-            error = "the server has no thread left to read it with; try again later"
-            self._results.put(Loaded(number=number, staged=None, error=error, seconds=0.0))
-            self._wake()
-            return
-        ready.wait()
-        torch.set_num_threads(num_threads)
+    def start(self, number: int, ref: AdapterRef) -> None:
+        """Start a load, or take over the one that was begun ahead; there must be a slot for its kind of source."""
+        assert self.has_slot(is_remote(ref.source))
+        with self._lock:
+            task = self._ahead
+            if task is not None and task.ref == ref and not self._is_stale(task):
+                self._ahead = None
+                task.number = number
+                self._keep(task, number)
+                if task.ended is not None:
+                    self._deliver(task)
+            elif not self._begin(_Task(ref, number)):
+                error = "the server has no thread left to read it with; try again later"
+                self._results.put(Loaded(number=number, staged=None, error=error, seconds=0.0))
+                self._wake()
         self._watch()
+
+    def read_ahead(self, ref: AdapterRef) -> None:
+        """From any thread: begin what `start` will soon be called for, if nothing else is being loaded. One at a time: those
+        who wait in a queue are not overtaken, and what nobody claims is one adapter's memory at the most.
+        """
+        with self._lock:
+            is_busy = self._ahead is not None and self._ahead.ended is None
+            if not self._loads and not is_busy and not is_remote(ref.source):
+                task = _Task(ref, None)
+                self._ahead = task if self._begin(task) else None
 
     def take_results(self) -> list[Loaded]:
         """Loads that have ended, or were given up, since the last call."""
+        with self._lock:
+            if self._ahead is not None and self._is_stale(self._ahead):
+                self._ahead = None  # its request was refused, or is over
         results = []
         while not self._results.empty():
             loaded = self._results.get()
@@ -156,7 +176,7 @@ class Loader:
             error = f"reading it from its source was given up after {seconds:.0f} seconds"
             _logger.warning("cannot load the adapter at %r: %s", load.source, error)
             results.append(Loaded(number=number, staged=None, error=error, seconds=seconds))
-        if not self._loads and not self._given_up:
+        if not self._loads and not self._given_up and self._ahead is None:
             atexit.unregister(self.close)
         return results
 
@@ -179,7 +199,9 @@ class Loader:
         atexit.unregister(self.close)
         self._closed.set()
         deadline = time.monotonic() + _CLOSING_PATIENCE_SECONDS
-        for thread in [*(load.thread for load in self._loads.values()), *self._given_up.values()]:
+        with self._lock:
+            ahead = [] if self._ahead is None else [self._ahead.thread]
+        for thread in [*ahead, *(load.thread for load in self._loads.values()), *self._given_up.values()]:
             if thread.ident is not None:  # else it could not be started
                 thread.join(max(deadline - time.monotonic(), 0))
 
@@ -206,13 +228,49 @@ class Loader:
                     return
             self._wake()
 
-    def _run(self, number: int, source: str, ready: threading.Event) -> None:
+    def _begin(self, task: _Task) -> bool:
+        """Start a task's thread, and count its load as under way if it has one; false: there is no thread left.
+
+        The thread's tensor operations use one core, or they would compete with the engine's team of threads.
+        `torch.set_num_threads` is the calling thread's own with OpenMP, but it is also what threads that are new to torch
+        begin with; so it is set back here.
+        """
+        if not self._loads and not self._given_up:
+            atexit.register(self.close)  # an interpreter that ends under a thread in torch aborts the process
+        num_threads = torch.get_num_threads()
+        task.thread = threading.Thread(target=self._run, args=(task,), name="adapter-load", daemon=True)
+        if task.number is not None:
+            self._keep(task, task.number)
+        try:
+            task.thread.start()
+        except RuntimeError:
+            _logger.warning("cannot load the adapter at %r", task.ref.source, exc_info=True)
+            return False
+        task.ready.wait()
+        torch.set_num_threads(num_threads)
+        return True
+
+    def _is_stale(self, task: _Task) -> bool:
+        return task.ended is not None and time.monotonic() - task.started >= AHEAD_SECONDS
+
+    def _keep(self, task: _Task, number: int) -> None:
+        self._loads[number] = _Load(source=task.ref.source, thread=task.thread, started=task.started)
+
+    def _deliver(self, task: _Task) -> None:
+        assert task.ended is not None
+        assert task.number is not None
+        self._results.put(replace(task.ended, number=task.number))
+        self._wake()
+
+    def _run(self, task: _Task) -> None:
         torch.set_num_threads(1)
         torch.get_num_threads()  # a thread takes over the process's number at its first use of torch: now, while that is 1
-        ready.set()
-        _be_nice()
-        self._results.put(self.load_as_data(number, source))
-        self._wake()
+        task.ready.set()
+        loaded = self.load_as_data(-1, task.ref.source)
+        with self._lock:
+            task.ended = loaded
+            if task.number is not None:
+                self._deliver(task)
 
     def _load(self, source: str) -> StagedAdapter:
         with fetched(source, self._max_bytes) as folder:
@@ -225,14 +283,6 @@ class Loader:
             finally:
                 if in_turn:
                     self._reading.release()
-
-
-def _be_nice() -> None:
-    """Let the engine's threads go first where cores are few; on Linux niceness is a thread's own."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        with contextlib.suppress(OSError):  # not allowed in some sandboxes, and not needed
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
 
 
 def _without_folder(message: str, folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 In: refs (`catalog.AdapterRef`), as requests for them come, run and end, and `poll` between the engine's steps. Out: leases on
 resident adapters, statuses, numbers. It knows no requests and no batch, and leaves to `tiers.py` what is in which memory. One
-thread uses it. No call's time grows with the number of adapters that are known.
+thread uses it, but for `foresee`. No call's time grows with the number of adapters that are known.
 
 An *entry* here is one version of a name, a *content* what an adapter computes, by its digest: entries of equal content share
 its memory. Loads start in the order in which they were asked for, so many at once of local folders and so many of remote
@@ -119,6 +119,14 @@ class AdapterStore:
             self._tiers.touch(entry.content)
         elif entry.error is None:
             self._want(entry)
+
+    def foresee(self, ref: AdapterRef) -> None:
+        """From any thread: a request for `ref` is on its way, and will `enter` soon. If the adapter is to be read from its
+        source then, that may begin now.
+        """
+        entry = self._entries.get(ref.name, {}).get(ref.version)
+        if entry is None or (entry.content is None and entry.error is None and entry.load_number is None):
+            self._loader.read_ahead(ref)
 
     def leave(self, ref: AdapterRef) -> None:
         """A request that has entered is over. If it holds a lease, that is released first."""
@@ -391,7 +399,7 @@ class AdapterStore:
             entry = queue.pop(next(iter(queue)))
             entry.load_number = next(self._load_numbers)
             self._loading[entry.load_number] = entry
-            self._loader.start(entry.load_number, entry.ref.source)
+            self._loader.start(entry.load_number, entry.ref)
 
     def _take_in(self, loaded: Loaded) -> None:
         self._load_seconds += loaded.seconds

@@ -29,7 +29,7 @@ from perft_serve.engine.sequence import Sequence
 class Engine:
     """A base model, its adapters, and the requests that run on them.
 
-    Everything but `wait` belongs to the thread that drives the engine.
+    Everything but `wait` and `foresee` belongs to the thread that drives the engine.
 
     Args:
         config: what to load and how large to be.
@@ -97,6 +97,11 @@ class Engine:
                 max_tokens=self.limits.room(request.prompt_ids) if params.max_tokens is None else params.max_tokens,
             )
         )
+
+    def foresee(self, request: EngineRequest) -> None:
+        """From any thread: this request will be submitted when the present step is over; what it needs may be fetched now."""
+        if request.adapter is not None:
+            self._adapters.foresee(request.adapter)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free what it holds; one that is over, or never was, is ignored."""

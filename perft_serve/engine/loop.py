@@ -2,7 +2,8 @@
 
 In: something to build an engine with, and the folder of the sockets to the front. Out: an exit status. It sleeps when there is
 nothing to do, also while all that waits, waits for an adapter; it never runs more than `WINDOW` steps ahead of what the front
-has delivered; a second thread tells the front once a second that it lives, and ends the process when the front is gone.
+has delivered. A second thread takes commands in as they come, also in the middle of a step, so that the engine may prepare for
+them; a third tells the front once a second that it lives, and ends the process when the front is gone.
 
 When to stop is the front's decision alone: signals that go to a whole group of processes (Ctrl-C, a service manager's SIGTERM)
 are ignored here. SIGUSR1 writes what every thread is doing to stderr. Knows no torch.
@@ -18,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
@@ -68,6 +70,7 @@ class SteppedEngine(Protocol):
 
     @property
     def limits(self) -> Limits: ...
+    def foresee(self, request: EngineRequest) -> None: ...
     def submit(self, request: EngineRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def has_work(self) -> bool: ...
@@ -132,14 +135,16 @@ def _serve(commands: zmq.Socket[bytes], reports: zmq.Socket[bytes], pulse: Pulse
     except Exception as error:  # the front tells the user, and decides what to do
         reports.send(encode(StartFailed(reason=_start_failure(error))))
         return 1
+    inbox = Inbox(commands, bell, engine.foresee)
     try:
-        EngineLoop(engine, commands, reports, bell, pulse).run()
+        EngineLoop(engine, inbox, reports, bell, pulse).run()
         return 0
     except Exception as error:  # the front tells the clients, and starts another process
         logger.exception("the engine has failed")
         reports.send(encode(Failed(reason=f"{type(error).__name__}: {error}")))
         return 1
     finally:
+        inbox.stop()
         engine.close()
 
 
@@ -159,21 +164,18 @@ class EngineLoop:
 
     Args:
         engine: belongs to the thread that runs this loop.
-        bell: rung by the engine's other threads when a step would find something to do.
+        bell: rung by the engine's other threads when a step would find something to do, and by the inbox.
         pulse: is told when the engine is busy.
     """
 
     def __init__(
-        self, engine: SteppedEngine, commands: zmq.Socket[bytes], reports: zmq.Socket[bytes], bell: Bell, pulse: Pulse
+        self, engine: SteppedEngine, inbox: Inbox, reports: zmq.Socket[bytes], bell: Bell, pulse: Pulse
     ) -> None:
         self._engine = engine
-        self._commands = commands
+        self._inbox = inbox
         self._reports = reports
         self._bell = bell
         self._pulse = pulse
-        self._poller = zmq.Poller()
-        self._poller.register(commands, zmq.POLLIN)
-        self._poller.register(bell.fileno(), zmq.POLLIN)
         self._backlog: list[Command] = []
         self._num_sent = 0
         self._num_delivered = 0
@@ -198,19 +200,17 @@ class EngineLoop:
     def _listen(self) -> bool:
         """Takes what has come, and waits for something if there is nothing to do; false: it is time to stop."""
         is_due = self._has_credit and (bool(self._backlog) or self._engine.has_work())
-        self._poller.poll(0 if is_due else None)
-        self._bell.clear()
-        while True:
-            try:
-                command = decode_command(self._commands.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                return True
+        if not is_due and not self._inbox:
+            self._bell.wait()
+        while self._inbox:
+            command = self._inbox.take()
             if isinstance(command, Stop):
                 return False
             if isinstance(command, Delivered):
                 self._num_delivered = command.num_outputs
             else:
                 self._backlog.append(command)
+        return True
 
     def _turn(self) -> None:
         """Obeys, steps and reports."""
@@ -265,6 +265,66 @@ class EngineLoop:
         self._reports.send(encode(report))
 
 
+class Inbox:
+    """A thread that takes commands off their socket as they come, and rings.
+
+    Args:
+        commands: the socket; belongs to the thread until that has stopped.
+        bell: rung for every command.
+        foresee: told at once of requests to be submitted, in the inbox's thread.
+    """
+
+    def __init__(self, commands: zmq.Socket[bytes], bell: Bell, foresee: Callable[[EngineRequest], None]) -> None:
+        self._socket = commands
+        self._bell = bell
+        self._foresee = foresee
+        self._commands: deque[Command | Exception] = deque()
+        self._stopped = Bell()
+        self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
+        self._thread.start()
+
+    def __bool__(self) -> bool:
+        return bool(self._commands)
+
+    def take(self) -> Command:
+        """The command that came first.
+
+        Raises:
+            MessageError: what came makes no sense.
+            Exception: the thread has failed.
+        """
+        command = self._commands.popleft()
+        if isinstance(command, Exception):
+            raise command
+        return command
+
+    def stop(self) -> None:
+        """Ends the thread; the socket is the caller's again."""
+        self._stopped.ring()
+        self._thread.join()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._stopped.fileno(), zmq.POLLIN)
+        try:
+            while True:
+                ready = dict(poller.poll())
+                if self._stopped.fileno() in ready:
+                    return
+                self._put(decode_command(self._socket.recv()))
+        except Exception as error:  # it ends the engine, whose thread raises it
+            self._commands.append(error)
+            self._bell.ring()
+
+    def _put(self, command: Command) -> None:
+        self._commands.append(command)
+        self._bell.ring()
+        if isinstance(command, Submit):
+            for request in command.requests:
+                self._foresee(request)
+
+
 class Bell:
     """Wakes a thread that polls a file descriptor; may be rung from any thread, any number of times."""
 
@@ -281,6 +341,11 @@ class Bell:
         """Makes the descriptor readable."""
         with suppress(BlockingIOError):  # it was rung 65536 times already
             os.write(self._writer, b"\0")
+
+    def wait(self) -> None:
+        """Returns once it was rung since the last time, and forgets that."""
+        select.select([self._reader], [], [])
+        self.clear()
 
     def clear(self) -> None:
         """Forgets that it was rung."""

@@ -22,6 +22,7 @@ from perft import PerftConfig
 from perft.errors import AdapterError
 from perft_serve.adapters import loader as loader_module
 from perft_serve.adapters.arena import StagedAdapter
+from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.loader import MAX_LOADS, Loaded, Loader
 
 
@@ -37,6 +38,10 @@ def loader(woken: threading.Semaphore) -> Iterator[Loader]:
     loader.close()
 
 
+def ref(source: str, version: int = 1) -> AdapterRef:
+    return AdapterRef(name="a", source=source, version=version)
+
+
 def staged(loaded: Loaded) -> StagedAdapter:
     assert loaded.staged is not None, loaded.error
     return loaded.staged
@@ -45,7 +50,7 @@ def staged(loaded: Loaded) -> StagedAdapter:
 def test_loads_end_with_results(loader: Loader, woken: threading.Semaphore, tmp_path: Path) -> None:
     sources = [make_adapter(tmp_path / f"a{i}", seed=i) for i in range(MAX_LOADS)]
     for i, source in enumerate(sources):
-        loader.start(i, source)
+        loader.start(i, ref(source))
     assert loader.num_loads == MAX_LOADS
     for _ in sources:
         assert woken.acquire(timeout=30)
@@ -103,7 +108,7 @@ def broken_adapters(folder: Path) -> dict[str, str]:
 def test_reasons_are_data_and_name_no_path(loader: Loader, woken: threading.Semaphore, tmp_path: Path) -> None:
     broken = {**broken_adapters(tmp_path), "does not exist": str(tmp_path / "nowhere")}
     for reason, source in broken.items():
-        loader.start(0, source)
+        loader.start(0, ref(source))
         assert woken.acquire(timeout=30)
         (loaded,) = loader.take_results()
         assert loaded.staged is None
@@ -118,7 +123,7 @@ def test_reasons_can_be_encoded(
     source = Path(make_adapter(tmp_path / "a"))
     (source / "adapter_model.safetensors").unlink()
     Path(os.fsdecode(os.fsencode(source) + b"/w\xff.bin")).touch()
-    loader.start(0, str(source))
+    loader.start(0, ref(str(source)))
     assert woken.acquire(timeout=30)
     assert r"w\udcff.bin: pickled weights" in (loader.take_results()[0].error or "").encode().decode()
 
@@ -126,7 +131,7 @@ def test_reasons_can_be_encoded(
         raise AdapterError(f"no \udcff in {source}")
 
     monkeypatch.setattr(loader_module, "fetched", fetched)
-    loader.start(0, "s3://bucket/a")
+    loader.start(0, ref("s3://bucket/a"))
     assert woken.acquire(timeout=30)
     assert loader.take_results()[0].error == r"no \udcff in s3://bucket/a"
 
@@ -138,7 +143,7 @@ def test_an_exception_of_somebody_elses_library_is_a_reason_too(
         raise RuntimeError(f"token 12345 refused for {source}")
 
     monkeypatch.setattr(loader_module, "fetched", fetched)
-    loader.start(0, "s3://bucket/a")
+    loader.start(0, ref("s3://bucket/a"))
     assert woken.acquire(timeout=30)
     (loaded,) = loader.take_results()
     assert loaded.error == "it cannot be read from its source (RuntimeError)"
@@ -158,8 +163,8 @@ def test_loads_that_hang_hold_up_nobody_else(
 
     monkeypatch.setattr(loader_module, "fetched", fetched)
     for i in range(MAX_LOADS - 1):
-        loader.start(i, "hangs")
-    loader.start(99, source)
+        loader.start(i, ref("hangs"))
+    loader.start(99, ref(source))
     assert woken.acquire(timeout=30)
     assert [loaded.number for loaded in loader.take_results()] == [99]
     network.set()
@@ -184,10 +189,10 @@ def test_loads_that_hang_are_given_up(
     monkeypatch.setattr(loader_module, "fetched", fetched)
     monkeypatch.setattr(loader_module, "LOAD_DEADLINE_SECONDS", 0.2)
     for i in range(MAX_LOADS):
-        loader.start(i, "s3://bucket/hangs")
+        loader.start(i, ref("s3://bucket/hangs"))
     assert not loader.has_slot(remote=True)
     assert loader.has_slot(remote=False)
-    loader.start(99, source)
+    loader.start(99, ref(source))
     seen: dict[int, Loaded] = {}
     while len(seen) < MAX_LOADS + 1:
         assert woken.acquire(timeout=30), "an engine that waits for nothing else must be woken"
@@ -213,13 +218,13 @@ def test_a_thread_that_cannot_be_started(
     source = make_adapter(tmp_path / "a")
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        loader.start(0, source)
+        loader.start(0, ref(source))
     assert woken.acquire(timeout=1)
     loader.close()
     assert [loaded.error for loaded in loader.take_results()] == [
         "the server has no thread left to read it with; try again later"
     ]
-    loader.start(1, source)
+    loader.start(1, ref(source))
     assert woken.acquire(timeout=30)
     assert staged(loader.take_results()[0]).digest == read(source).digest
 
@@ -231,7 +236,7 @@ def test_a_disk_that_hangs_holds_up_nobody_for_long(
     monkeypatch.setattr(loader_module, "_READING_PATIENCE_SECONDS", 0.01)
     while loader._reading.acquire(blocking=False):  # all that may read at once do, and hang
         pass
-    loader.start(0, source)
+    loader.start(0, ref(source))
     assert woken.acquire(timeout=30)
     assert staged(loader.take_results()[0]).digest == read(source).digest
 
@@ -250,7 +255,7 @@ def test_loading_threads_use_one_core_and_change_nothing_for_others(
     try:
         torch.set_num_threads(2)
         loader = Loader(BLOCKS, stage, woken.release)
-        loader.start(0, make_adapter(tmp_path / "a"))
+        loader.start(0, ref(make_adapter(tmp_path / "a")))
         assert woken.acquire(timeout=30)
         newcomer = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
         newcomer.start()
@@ -269,9 +274,121 @@ import sys
 sys.path[:0] = {sys.path!r}
 from staging import BLOCKS, make_arena
 from perft_serve.adapters.loader import Loader
+from perft_serve.adapters.catalog import AdapterRef
 loader = Loader(BLOCKS, make_arena(100).stage, lambda: None)
 for i in range(4):
-    loader.start(i, {make_adapter(tmp_path / "a")!r})
+    loader.start(i, AdapterRef(name="a", source={make_adapter(tmp_path / "a")!r}))
+loader.read_ahead(AdapterRef(name="b", source={make_adapter(tmp_path / "a")!r}))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+class Reads:
+    """Counts what is read, and holds it up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sources: list[str] = []
+        self.may_end = threading.Event()
+        self.may_end.set()
+        original = loader_module.read_adapter
+
+        def read_adapter(path: Path, blocks: object) -> object:
+            self.sources.append(str(path))
+            assert self.may_end.wait(30)
+            return original(path, blocks)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(loader_module, "read_adapter", read_adapter)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads(monkeypatch)
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_what_was_read_ahead_is_the_load(
+    is_done: bool, loader: Loader, woken: threading.Semaphore, reads: Reads, tmp_path: Path
+) -> None:
+    source = make_adapter(tmp_path / "a")
+    if not is_done:
+        reads.may_end.clear()
+    loader.read_ahead(ref(source))
+    assert loader._ahead is not None
+    if is_done:
+        loader._ahead.thread.join(30)
+    assert not loader.has_results
+    assert loader.num_loads == 0
+    assert not woken.acquire(blocking=False)
+    loader.start(7, ref(source))
+    assert loader.num_loads == 1
+    reads.may_end.set()
+    assert woken.acquire(timeout=30)
+    (loaded,) = loader.take_results()
+    assert loaded.number == 7
+    assert staged(loaded).digest == read(source).digest
+    assert reads.sources == [source]
+    assert loader.num_loads == 0
+
+
+def test_what_was_read_ahead_is_for_its_own_version_only(
+    loader: Loader, woken: threading.Semaphore, reads: Reads, tmp_path: Path
+) -> None:
+    """The files of the next version may be others by then."""
+    source = make_adapter(tmp_path / "a", seed=0)
+    loader.read_ahead(ref(source))
+    assert loader._ahead is not None
+    loader._ahead.thread.join(30)
+    make_adapter(tmp_path / "a", seed=1)
+    loader.start(0, ref(source, version=2))
+    assert woken.acquire(timeout=30)
+    (loaded,) = loader.take_results()
+    assert staged(loaded).digest == read(source).digest
+    assert reads.sources == [source, source]
+
+
+def test_what_nobody_claims_in_time_is_dropped(
+    loader: Loader, woken: threading.Semaphore, reads: Reads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_adapter(tmp_path / "a")
+    loader.read_ahead(ref(source))
+    assert loader._ahead is not None
+    loader._ahead.thread.join(30)
+    monkeypatch.setattr(loader_module, "AHEAD_SECONDS", 0.0)
+    loader.start(0, ref(source))
+    assert woken.acquire(timeout=30)
+    assert reads.sources == [source, source]
+    assert len(loader.take_results()) == 1
+    assert loader._ahead is None
+
+
+def test_nobody_is_overtaken_by_what_is_read_ahead(
+    loader: Loader, woken: threading.Semaphore, reads: Reads, tmp_path: Path
+) -> None:
+    first, other = make_adapter(tmp_path / "a"), make_adapter(tmp_path / "b")
+    reads.may_end.clear()
+    loader.start(0, ref(first))
+    loader.read_ahead(ref(other))
+    assert loader._ahead is None
+    reads.may_end.set()
+    assert woken.acquire(timeout=30)
+    loader.take_results()
+    reads.may_end.clear()
+    loader.read_ahead(ref(first))
+    loader.read_ahead(ref(other))  # one at a time
+    loader.read_ahead(ref("s3://bucket/a"))  # and no network
+    reads.may_end.set()
+    assert loader._ahead is not None
+    assert loader._ahead.ref == ref(first)
+    loader._ahead.thread.join(30)
+    assert reads.sources == [first, first]
+
+
+def test_a_failure_that_was_read_ahead(loader: Loader, woken: threading.Semaphore, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    loader.read_ahead(ref(missing))
+    loader.start(3, ref(missing))
+    assert woken.acquire(timeout=30)
+    (loaded,) = loader.take_results()
+    assert (loaded.number, loaded.staged) == (3, None)
+    assert "does not exist" in str(loaded.error)

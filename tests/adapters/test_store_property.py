@@ -40,10 +40,10 @@ class SteppedLoader(Loader):
         self._adapters = adapters
         self._started: list[tuple[int, str]] = []
 
-    def start(self, number: int, source: str) -> None:
+    def start(self, number: int, ref: AdapterRef) -> None:
         assert self.has_slot(remote=False)
         self._loads[number] = _Load(source="/", thread=threading.current_thread(), started=time.monotonic())
-        self._started.append((number, source))
+        self._started.append((number, ref.source))
 
     def finish(self, which: int) -> None:
         """End one of the loads under way."""
