@@ -32,6 +32,7 @@ from perft_serve.engine.logs import log_to_stderr
 from perft_serve.server.app import build_app
 from perft_serve.server.client import EngineClient
 from perft_serve.server.config import ServerConfig
+from perft_serve.server.connection import uvicorn_config
 from perft_serve.server.metrics import Metrics
 from perft_serve.text import load_tokenizer
 
@@ -134,7 +135,7 @@ def _add_options(
                 f"--{each.metadata['option']}",
                 dest=each.name,
                 action="append",
-                default=[],
+                default=_listed(os.environ.get(each.metadata.get("environ", ""), "")),
                 metavar=each.metadata["metavar"],
                 help=help_text,
             )
@@ -151,6 +152,11 @@ def _add_options(
             metavar=None if "choices" in each.metadata else each.name.rpartition("_")[2].upper(),
             help=help_text.replace("%", "%%"),
         )
+
+
+def _listed(text: str) -> list[str]:
+    """The parts of "a, b"; an option's values are added to those of an environment variable."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _option_type(each: Field[Any], hint: Any) -> Any:
@@ -222,8 +228,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[
             port = listener.getsockname()[1]
             names = [ref.name for ref in client.catalog.page()]
             server = _Server(
-                # h11 bounds what a client may send as headers
-                uvicorn.Config(app, http="h11", log_config=None, timeout_graceful_shutdown=config.shutdown_timeout),
+                uvicorn_config(app, config, lambda status: metrics.count_http("<unknown>", status)),
                 announcement=_announcement(config.host, port, base_name, names, examples),
             )
             _run(server, listener)

@@ -113,6 +113,19 @@ class TextTokenizer:
             ) from error
         return text
 
+    def pieces(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's entries for `token_ids`, in its own spelling; ids that the tokenizer does not know give nothing."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def info(self) -> dict[str, Any]:
+        """What its `tokenizer_config.json` says, without paths, and its chat template."""
+        given = {
+            name: _plain(value)
+            for name, value in self._chat.init_kwargs.items()
+            if not name.endswith(("_file", "_files", "_path", "_object"))
+        }
+        return {**given, "tokenizer_class": type(self._chat).__name__, "chat_template": self._chat.chat_template}
+
     def token_text(self, token_id: int) -> str:
         """Text of one token as it stands inside a text: its leading space is kept, a piece of a character is U+FFFD."""
         text = self._token_texts.get(token_id)
@@ -148,6 +161,15 @@ def load_tokenizer(model: str) -> TextTokenizer | None:
     if folder.is_absolute() and not folder.exists():
         raise FileNotFoundError(f"there is no model at {model}")
     return TextTokenizer(AutoTokenizer.from_pretrained(model))
+
+
+def _plain(value: Any) -> Any:
+    """A value of a tokenizer's configuration as JSON has it; a token is its text."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def check_unicode(text: str, *, param: str) -> None:

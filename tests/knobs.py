@@ -24,6 +24,7 @@ class Settings:
             takes for ever.
         refuse: requests with this prompt cannot be submitted, because of a bug.
         spoil: requests end with this error.
+        say: the tokens that every request generates, whatever the model would say; then 0.
     """
 
     pace: float = 0.0
@@ -31,6 +32,7 @@ class Settings:
     start_failure: str | None = None
     refuse: tuple[int, ...] = ()
     spoil: str | None = None
+    say: tuple[int, ...] = ()
 
 
 class Knobs:

@@ -23,6 +23,7 @@ class PacedEngine(Engine):
         self._knobs = knobs
         knobs.fail_start()
         super().__init__(config, wake)
+        self._num_said: dict[str, int] = {}
 
     def submit(self, request: EngineRequest) -> None:
         refuse = self._knobs.read().refuse
@@ -36,11 +37,18 @@ class PacedEngine(Engine):
         if settings.failure is not None:
             raise RuntimeError(settings.failure)
         events = super().step()
+        if settings.say:
+            return [self._say(event, settings.say) for event in events]
         if settings.spoil is None:
             return events
         for event in events:
             self.abort(event.request_id)
         return [replace(event, token_id=None, finish_reason="error", error=settings.spoil) for event in events]
+
+    def _say(self, event: TokenEvent, tokens: tuple[int, ...]) -> TokenEvent:
+        number = self._num_said.get(event.request_id, 0)
+        self._num_said[event.request_id] = number + 1
+        return replace(event, token_id=tokens[number] if number < len(tokens) else 0)
 
 
 def main() -> int:

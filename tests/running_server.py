@@ -22,6 +22,7 @@ from perft_serve.engine.events import EngineStats
 from perft_serve.server.app import build_app
 from perft_serve.server.client import EngineClient
 from perft_serve.server.config import ServerConfig
+from perft_serve.server.connection import uvicorn_config
 from perft_serve.server.metrics import Metrics
 from perft_serve.text import load_tokenizer
 
@@ -86,18 +87,18 @@ def running_server(engine_config: EngineConfig, config: ServerConfig) -> Iterato
             tokenizer = load_tokenizer(engine_config.model)
             sources = SourcePolicy(allowed=config.allow_adapter_sources, adapter_dir=engine_config.adapter_dir)
             app = build_app(client, tokenizer, metrics, config, base_name=BASE, sources=sources, version="0.0.0")
-            with _serving(app) as url, httpx.Client(base_url=url, timeout=30) as http:
+            wire = uvicorn_config(app, config, lambda status: metrics.count_http("<unknown>", status))
+            with _serving(wire) as url, httpx.Client(base_url=url, timeout=30) as http:
                 yield RunningServer(url=url, client=client, knobs=knobs, http=http)
         finally:
             client.close()
 
 
 @contextmanager
-def _serving(app: Any) -> Iterator[str]:
+def _serving(config: uvicorn.Config) -> Iterator[str]:
     """Runs uvicorn as long as the block; gives the URL."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2, lifespan="off")
-    )
+    config.port, config.timeout_graceful_shutdown = 0, 2
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     try:

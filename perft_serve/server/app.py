@@ -5,28 +5,33 @@ In: a running engine client. Out: `build_app(...)`, an ASGI application as a val
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
-from starlette.datastructures import MutableHeaders
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perft.errors import AdapterError
 from perft_serve.adapters.sources import SourcePolicy
 from perft_serve.engine.params import RequestError
+from perft_serve.server import openapi
 from perft_serve.server.adapters import AdapterEndpoints
+from perft_serve.server.auth import Gate
 from perft_serve.server.chat import ChatEndpoint
-from perft_serve.server.client import EngineBusyError, EngineClient, EngineDeadError
+from perft_serve.server.client import EngineBusyError, EngineClient, EngineDeadError, TenantBusyError
 from perft_serve.server.completions import CompletionEndpoint
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.errors import ApiError, to_api_error
+from perft_serve.server.keys import OPERATOR
 from perft_serve.server.metrics import CONTENT_TYPE, Metrics
 from perft_serve.server.models import ModelNames
 from perft_serve.server.protocol import (
@@ -38,24 +43,35 @@ from perft_serve.server.protocol import (
     Completion,
     CompletionRequest,
     DeletedAdapter,
+    DetokenizeRequest,
     ErrorReply,
     LoadLoraRequest,
     ModelCard,
     ModelList,
+    Text,
+    TokenizeRequest,
+    Tokens,
     UnloadLoraRequest,
     refusal,
 )
 from perft_serve.server.service import Service, new_request_id
 from perft_serve.server.sse import CLIENT_CLOSED_REQUEST
+from perft_serve.server.tokenization import TokenizationEndpoints
 from perft_serve.text import TextTokenizer
 
 # What is answered with an envelope where it was raised; anything else is caught by `Surroundings`.
-_EXPECTED_ERRORS = (ApiError, AdapterError, RequestError, HTTPException, EngineBusyError, EngineDeadError)
+_EXPECTED_ERRORS = (
+    ApiError,
+    AdapterError,
+    RequestError,
+    HTTPException,
+    EngineBusyError,
+    TenantBusyError,
+    EngineDeadError,
+)
 
-_BODIES = (CompletionRequest, ChatRequest, AdapterRequest, LoadLoraRequest, UnloadLoraRequest)
-_REPLIES = (Completion, ChatCompletion, ErrorReply)
-_STRUCT_REPLIES = (ModelCard, ModelList, AdapterCard, AdapterList, DeletedAdapter)
-_SCHEMA = "#/components/schemas/{name}"
+# What clients may call a request by themselves: it goes back to them, and is the name of nothing here.
+_CLIENT_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def build_app(
@@ -81,46 +97,93 @@ def build_app(
         ValueError: an adapter has the base's name.
     """
     models = ModelNames(base_name, client)
-    service = Service(client, tokenizer, models, max_body_size=config.max_body_size)
-    status = _Status(client, models, metrics, version)
+    service = Service(client, tokenizer, models, config)
     app = FastAPI(
         title="PERFT Serve",
         summary="One Mixture-of-Experts base model and its PERFT adapters behind the OpenAI API.",
         version=version,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's pages come from another server
+        redoc_url=None,
     )
-    adapters = AdapterEndpoints(service, sources)
-    for path, endpoint, method, request, reply in (
-        ("/v1/completions", CompletionEndpoint(service).create, "POST", CompletionRequest, Completion),
-        ("/v1/chat/completions", ChatEndpoint(service).create, "POST", ChatRequest, ChatCompletion),
-        ("/v1/models", status.list_models, "GET", None, ModelList),
-        ("/v1/models/{model:path}", status.get_model, "GET", None, ModelCard),
-        ("/v1/adapters", adapters.create, "POST", AdapterRequest, AdapterCard),
-        ("/v1/adapters", adapters.list, "GET", None, AdapterList),
-        ("/v1/adapters/{name:path}", adapters.get, "GET", None, AdapterCard),
-        ("/v1/adapters/{name:path}", adapters.delete, "DELETE", None, DeletedAdapter),
-        ("/v1/load_lora_adapter", adapters.load_lora, "POST", LoadLoraRequest, None),
-        ("/v1/unload_lora_adapter", adapters.unload_lora, "POST", UnloadLoraRequest, None),
-        ("/health", status.health, "GET", None, None),
-        ("/ready", status.ready, "GET", None, None),
-        ("/metrics", status.metrics, "GET", None, None),
-        ("/version", status.version, "GET", None, None),
+    status = _Status(client, models, metrics, version)
+    adapters, tokens = AdapterEndpoints(service, sources), TokenizationEndpoints(service)
+    gate = Gate(config.api_keys)
+    # Whom a route is for: without keys, everybody
+    everybody, tenants, operator = None, gate.tenant, gate.operator
+    kinds: list[type] = []
+    for path, endpoint, method, guard, request, reply in (
+        ("/v1/completions", CompletionEndpoint(service).create, "POST", tenants, CompletionRequest, Completion),
+        ("/v1/chat/completions", ChatEndpoint(service).create, "POST", tenants, ChatRequest, ChatCompletion),
+        ("/v1/models", status.list_models, "GET", tenants, None, ModelList),
+        ("/v1/models/{model:path}", status.get_model, "GET", tenants, None, ModelCard),
+        ("/tokenize", tokens.tokenize, "POST", tenants, TokenizeRequest, Tokens),
+        ("/detokenize", tokens.detokenize, "POST", tenants, DetokenizeRequest, Text),
+        ("/tokenizer_info", tokens.info, "GET", tenants, None, None),
+        ("/v1/adapters", adapters.create, "POST", operator, AdapterRequest, AdapterCard),
+        ("/v1/adapters", adapters.list, "GET", operator, None, AdapterList),
+        ("/v1/adapters/{name:path}", adapters.get, "GET", operator, None, AdapterCard),
+        ("/v1/adapters/{name:path}", adapters.delete, "DELETE", operator, None, DeletedAdapter),
+        ("/v1/load_lora_adapter", adapters.load_lora, "POST", operator, LoadLoraRequest, None),
+        ("/v1/unload_lora_adapter", adapters.unload_lora, "POST", operator, UnloadLoraRequest, None),
+        ("/metrics", status.metrics, "GET", operator, None, None),  # its labels name adapters
+        ("/health", status.health, "GET", everybody, None, None),
+        ("/ping", status.health, "GET", everybody, None, None),
+        ("/ready", status.ready, "GET", everybody, None, None),
+        ("/version", status.version, "GET", everybody, None, None),
     ):
+        guards = [] if guard is None else [Depends(guard)]
+        responses: dict[int | str, dict[str, Any]] = {
+            200: openapi.content(reply),
+            "default": openapi.content(ErrorReply),
+        }
+        if guard is not None:
+            responses[401] = openapi.content(ErrorReply)
         app.add_api_route(
             path,
             endpoint,
             methods=[method],
+            dependencies=guards,
             response_model=None,
-            responses={200: _content(reply), "default": _content(ErrorReply)},
-            openapi_extra=None if request is None else {"requestBody": {"required": True, **_content(request)}},
+            responses=responses,
+            openapi_extra=None if request is None else {"requestBody": {"required": True, **openapi.content(request)}},
         )
+        if method == "GET":  # uvicorn leaves the body out
+            app.add_api_route(
+                path, endpoint, methods=["HEAD"], dependencies=guards, response_model=None, include_in_schema=False
+            )
+        kinds += [kind for kind in (request, reply) if kind is not None]
+    app.add_route("/docs", _docs, methods=["GET"], include_in_schema=False)
     for error in _EXPECTED_ERRORS:
         app.add_exception_handler(error, _reply_to)
     app.add_exception_handler(RequestValidationError, _reply_to_bad_query)
     app.add_exception_handler(ClientDisconnect, _reply_to_nobody)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-client-request-id", "retry-after"],
+        )
     app.add_middleware(Surroundings, metrics=metrics)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
+
+    def describe() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = openapi.describe(app, kinds, base_name=base_name, has_keys=not gate.is_open)
+        return app.openapi_schema
+
+    app.openapi = describe  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     return app
+
+
+class ModelQuery(BaseModel):
+    """What `GET /v1/models` may be asked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int | None = Field(default=None, ge=1, description="So many at most; default: all.")
+    after: str | None = Field(default=None, description="The models whose names follow this one: the last `last_id`.")
 
 
 class _Status:
@@ -132,11 +195,10 @@ class _Status:
         self._metrics = metrics
         self._version = version
 
-    async def list_models(
-        self, limit: Annotated[int | None, Query(ge=1)] = None, after: Annotated[str | None, Query()] = None
-    ) -> Response:
+    async def list_models(self, query: Annotated[ModelQuery, Query()]) -> Response:
         """The base and the adapters: all, or at most `limit` of those that follow `after`."""
-        return Response(msgspec.json.encode(self._models.page(after, limit)), media_type="application/json")
+        page = self._models.page(query.after, query.limit)
+        return Response(msgspec.json.encode(page), media_type="application/json")
 
     async def get_model(self, model: str) -> Response:
         """The base or an adapter."""
@@ -171,7 +233,9 @@ class _Status:
 class Surroundings:
     """ASGI middleware: an id for each request, a count of it, and a reply whatever happens.
 
-    The id is `request.state.request_id`, the header `x-request-id`, and part of a completion's `id`.
+    The id is `request.state.request_id`, the header `x-request-id`, and part of a completion's `id`. It is always ours: what a
+    client calls its request (`x-client-request-id` or `x-request-id`) could be anybody's. If that is short and plain, it is
+    `request.state.client_request_id`, and goes back as `x-client-request-id`.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -183,14 +247,21 @@ class Surroundings:
             await self._app(scope, receive, send)
             return
         request_id = new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
+        given = Headers(scope=scope)
+        client_id = given.get("x-client-request-id") or given.get("x-request-id") or ""
+        if not _CLIENT_REQUEST_ID.fullmatch(client_id):
+            client_id = ""
+        scope.setdefault("state", {}).update(request_id=request_id, client_request_id=client_id, tenant=OPERATOR)
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if client_id:
+                    headers["x-client-request-id"] = client_id
             await send(message)
 
         try:
@@ -206,7 +277,26 @@ class Surroundings:
 
 
 async def _reply_to(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return _reply_to_wrong_method(request)
     return to_api_error(error).response()
+
+
+def _reply_to_wrong_method(request: Request) -> Response:
+    """What may be done with this path: the answer to OPTIONS, and a hint for anything else. (Starlette names one route's.)"""
+    methods = {"OPTIONS"}
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= set(route.methods)
+    headers = {"allow": ", ".join(sorted(methods))}
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=headers)
+    message = f"{request.method} is not for {request.url.path}, which takes {headers['allow']}"
+    return ApiError(405, message, headers=headers).response()
+
+
+async def _docs(request: Request) -> Response:
+    return HTMLResponse(openapi.page(request.app.openapi()))
 
 
 async def _reply_to_nobody(request: Request, error: Exception) -> Response:
@@ -219,25 +309,3 @@ async def _reply_to_bad_query(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     errors: list[Any] = [{**each, "loc": each["loc"][1:]} for each in error.errors()]  # without "query"
     return refusal(errors).response()
-
-
-def _content(kind: type | None) -> dict[str, Any]:
-    """The OpenAPI entry for a body that the endpoint parses itself, or a reply that it writes itself."""
-    if kind is None:
-        return {"description": "OK"}
-    reference = {"$ref": _SCHEMA.format(name=kind.__name__)}
-    return {"description": kind.__name__, "content": {"application/json": {"schema": reference}}}
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI description, with the bodies and replies that FastAPI neither parses nor writes."""
-    if app.openapi_schema is None:
-        schema = get_openapi(title=app.title, summary=app.summary, version=app.version, routes=app.routes)
-        components = schema.setdefault("components", {}).setdefault("schemas", {})
-        template = _SCHEMA.format(name="{model}")
-        _, bodies = models_json_schema([(kind, "validation") for kind in _BODIES], ref_template=template)
-        _, replies = models_json_schema([(kind, "serialization") for kind in _REPLIES], ref_template=template)
-        _, structs = msgspec.json.schema_components(_STRUCT_REPLIES, ref_template=_SCHEMA)
-        components.update({**bodies["$defs"], **replies["$defs"], **structs})
-        app.openapi_schema = schema
-    return app.openapi_schema

@@ -43,8 +43,15 @@ class ChatEndpoint:
             raw, lambda: service.inputs.chat_ids([message.as_dict() for message in body.messages])
         )
         request_id: str = request.state.request_id
+        tenant: str = request.state.tenant
         requests = service.inputs.engine_requests(
-            request_id, ids, body.params(), adapter=adapter, arrival=arrival, cache_scope=body.cache_scope
+            request_id,
+            ids,
+            body.params(),
+            adapter=adapter,
+            arrival=arrival,
+            cache_scope=body.cache_scope(tenant),
+            tenant=tenant,
         )
         options = body.stream_options
         mode = StreamMode(

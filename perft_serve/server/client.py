@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -56,6 +57,10 @@ class EngineBusyError(RuntimeError):
     """So many requests are open that no more are taken now."""
 
 
+class TenantBusyError(RuntimeError):
+    """So many requests of one tenant are open that no more of them are taken now."""
+
+
 class SlowReaderError(RuntimeError):
     """A client reads its stream so slowly that its request was given up."""
 
@@ -68,9 +73,10 @@ class EventStream:
     not read the end of a reply holds memory as well.
     """
 
-    def __init__(self, client: EngineClient, recorders: dict[str, RequestRecorder]) -> None:
+    def __init__(self, client: EngineClient, recorders: dict[str, RequestRecorder], tenant: str) -> None:
         self._client = client
         self._open = recorders
+        self._tenant = tenant
         self._num_requests = len(recorders)
         self._max_pending = MAX_PENDING_EVENTS * len(recorders)
         self._events: list[TokenEvent] = []
@@ -179,6 +185,7 @@ class EngineClient:
         self.limits = Limits(max_model_len=0, vocab_size=0)
         self._metrics = metrics
         self._max_open_requests = config.max_open_requests
+        self._max_tenant_requests = config.max_tenant_requests or config.max_open_requests
         self._supervisor = Supervisor(engine_config, config, self, command=command)
         # Where the supervisor's reports go; before there is a loop, nobody else is there and its own thread takes them
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -191,6 +198,7 @@ class EngineClient:
         self._num_outputs = 0
         self._streams: dict[str, EventStream] = {}  # by request, until that is over
         self._num_open = 0  # requests of streams that are not closed
+        self._num_open_of: Counter[str] = Counter()  # by tenant
         self._statuses: dict[str, dict[int, AdapterStatus]] = {}  # by name and version
         self._stats = EngineStats()
         # What engines that are gone have counted
@@ -244,7 +252,7 @@ class EngineClient:
         return _added(self._stats, self._before)
 
     def submit(self, requests: Sequence[EngineRequest]) -> EventStream:
-        """Hands requests to the engine; their events come through one stream.
+        """Hands requests of one tenant to the engine; their events come through one stream.
 
         While the engine is down they are refused rather than kept: nobody can say how long it will take, and another server may
         answer at once.
@@ -252,18 +260,26 @@ class EngineClient:
         Raises:
             EngineDeadError: the engine is down.
             EngineBusyError: too many requests are open.
+            TenantBusyError: too many of the tenant's requests are open.
             RequestError: these are more than may ever be open at a time.
         """
         link = self._present_link()
         self.check_number(len(requests))
         if self._num_open + len(requests) > self._max_open_requests:
             raise EngineBusyError(f"{self._num_open} completions are running or waiting: try again later")
+        tenant = requests[0].tenant
+        if self._num_open_of[tenant] + len(requests) > self._max_tenant_requests:
+            raise TenantBusyError(
+                f"{self._num_open_of[tenant]} of your completions are running or waiting, and no more than "
+                f"{self._max_tenant_requests} may: try again when some have ended"
+            )
         assert not any(request.request_id in self._streams for request in requests), "a request's id is in use"
         link.send(Submit(requests=list(requests)))
-        stream = EventStream(self, {request.request_id: self._metrics.track(request) for request in requests})
+        stream = EventStream(self, {request.request_id: self._metrics.track(request) for request in requests}, tenant)
         for request in requests:
             self._streams[request.request_id] = stream
         self._num_open += len(requests)
+        self._num_open_of[tenant] += len(requests)
         return stream
 
     def check_number(self, num_requests: int) -> None:
@@ -272,10 +288,9 @@ class EngineClient:
         Raises:
             RequestError: these are more than may ever be open at a time.
         """
-        if num_requests > self._max_open_requests:
-            raise RequestError(
-                f"{num_requests} completions asked for at once, but this server runs at most {self._max_open_requests}"
-            )
+        most = min(self._max_open_requests, self._max_tenant_requests)
+        if num_requests > most:
+            raise RequestError(f"{num_requests} completions asked for at once, but this server runs at most {most}")
 
     def status(self, name: str) -> AdapterStatus:
         """What the engine has said last of the name's present version.
@@ -479,6 +494,9 @@ class EngineClient:
 
     def _close_stream(self, stream: EventStream) -> None:
         self._num_open -= stream._num_requests
+        self._num_open_of[stream._tenant] -= stream._num_requests
+        if not self._num_open_of[stream._tenant]:
+            del self._num_open_of[stream._tenant]
         stream._num_requests = 0
 
     def _abort(self, request_ids: Sequence[str]) -> None:

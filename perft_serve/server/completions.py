@@ -35,12 +35,19 @@ class CompletionEndpoint:
         service.client.check_number(len(given) * (body.n or 1))
         prompts = await service.encode(raw, lambda: self._encode(given, body))
         request_id: str = request.state.request_id
+        tenant: str = request.state.tenant
         numbered: list[tuple[Prompt, Sequence[EngineRequest]]] = []
         for number, prompt in enumerate(prompts):
             params = body.params(room=service.client.limits.room(prompt.ids))
             name = f"{request_id}-{number}"
             requests = service.inputs.engine_requests(
-                name, prompt.ids, params, adapter=adapter, arrival=arrival, cache_scope=body.cache_scope
+                name,
+                prompt.ids,
+                params,
+                adapter=adapter,
+                arrival=arrival,
+                cache_scope=body.cache_scope(tenant),
+                tenant=tenant,
             )
             numbered.append((prompt, requests))
         options = body.stream_options

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from perft_serve.server.keys import parse_keys
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
@@ -21,8 +23,28 @@ class ServerConfig:
     max_body_size: int = field(
         default=16 << 20, metadata={"help": "The longest request body (bytes, or 512K, 16M, ...).", "unit": "bytes"}
     )
+    max_header_size: int = field(
+        default=16 << 10,
+        metadata={"help": "The longest request line and headers together (bytes, or 16K, ...).", "unit": "bytes"},
+    )
+    receive_timeout: int = field(
+        default=60, metadata={"help": "Seconds that a client may take to send a request's head, and then its body."}
+    )
     max_open_requests: int = field(
         default=1024, metadata={"help": "The most completions running or waiting; more are refused with 503."}
+    )
+    max_tenant_requests: int = field(
+        default=0,
+        metadata={
+            "help": "The most completions of one tenant running or waiting; more are refused with 429. 0: no bound."
+        },
+    )
+    stream_keep_alive: int = field(
+        default=15,
+        metadata={
+            "help": "Seconds without anything to send after which a stream sends a comment, so that nobody on the way takes it "
+            "for dead; 0: never."
+        },
     )
     max_adapter_labels: int = field(
         default=100, metadata={"help": "The most adapters that have metrics of their own; the rest share one label."}
@@ -54,12 +76,43 @@ class ServerConfig:
         },
     )
 
+    api_keys: tuple[str, ...] = field(
+        default=(),
+        repr=False,
+        metadata={
+            "help": "A key that requests must have: KEY, the operator's, or TENANT:KEY, which opens everything but adapters' "
+            "administration and metrics; may be given several times. Also taken from PERFT_API_KEYS, separated by commas.",
+            "option": "api-key",
+            "metavar": "[TENANT:]KEY",
+            "environ": "PERFT_API_KEYS",
+        },
+    )
+    allowed_origins: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "An origin (https://example.org) whose pages may call this server, or *; may be given several times.",
+            "option": "allowed-origins",
+            "metavar": "ORIGIN",
+        },
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
-        for name in ("max_body_size", "max_open_requests", "engine_heartbeat_timeout"):
+        parse_keys(self.api_keys)
+        at_least_1 = (
+            "max_body_size",
+            "max_header_size",
+            "max_open_requests",
+            "receive_timeout",
+            "engine_heartbeat_timeout",
+        )
+        for name in at_least_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("max_adapter_labels", "shutdown_timeout", "engine_restarts", "engine_step_timeout"):
+        for name in (
+            *("max_adapter_labels", "shutdown_timeout", "engine_restarts", "engine_step_timeout"),
+            *("max_tenant_requests", "stream_keep_alive"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -14,20 +14,25 @@ from starlette.responses import JSONResponse
 
 from perft.errors import AdapterError
 from perft_serve.engine.params import RequestError
-from perft_serve.server.client import EngineBusyError, EngineDeadError, SlowReaderError
+from perft_serve.server.client import EngineBusyError, EngineDeadError, SlowReaderError, TenantBusyError
 
 logger = logging.getLogger(__name__)
 
 _TYPES = {
     400: "BadRequestError",
+    401: "AuthenticationError",
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     409: "ConflictError",
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
     422: "UnprocessableEntityError",
+    429: "RateLimitError",
+    431: "RequestHeadersTooLargeError",
     500: "InternalServerError",
+    501: "NotImplementedError",
     503: "ServiceUnavailableError",
 }
 
@@ -85,6 +90,8 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, str(reason), headers=dict(error.headers) if error.headers else None)
     if isinstance(error, EngineBusyError):
         return ApiError(503, str(error), headers={"retry-after": "1"})
+    if isinstance(error, TenantBusyError):
+        return ApiError(429, str(error), headers={"retry-after": "1"})
     if isinstance(error, EngineDeadError):
         again = None if error.retry_after is None else {"retry-after": str(error.retry_after)}
         return ApiError(503, str(error), headers=again)

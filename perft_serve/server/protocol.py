@@ -153,10 +153,9 @@ class _SamplingRequest(_Request):
         default=None, description="Requests share cached prompts only with requests of the same salt."
     )
 
-    @property
-    def cache_scope(self) -> str:
-        """Which requests this one may share cached prompts with."""
-        return self.cache_salt or ""
+    def cache_scope(self, tenant: str) -> str:
+        """Which requests this one may share cached prompts with: those of the tenant, and of them those of the same salt."""
+        return f"{tenant}\n{self.cache_salt or ''}"  # a tenant's name has no newline
 
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
@@ -266,6 +265,35 @@ class ChatRequest(_SamplingRequest):
 _Source = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
+class TokenizeRequest(_Request):
+    """Body of `POST /tokenize`, as vLLM has it: a prompt or a conversation."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        name: values
+        for name, values in _NEUTRAL_IN_CHAT.items()
+        if name in ("add_generation_prompt", "chat_template", "chat_template_kwargs", "continue_final_message", "tools")
+    } | {"media_io_kwargs": (None,), "mm_processor_kwargs": (None,)}
+
+    model: str | None = Field(default=None, description="A name that requests may have; all have the base's tokenizer.")
+    prompt: str | None = None
+    messages: Annotated[_List[Message], Field(min_length=1, max_length=MAX_PARTS)] | None = None
+    add_special_tokens: bool | None = Field(
+        default=None, description="Add the tokenizer's special tokens; default true for a prompt, false for messages."
+    )
+    return_token_strs: bool | None = Field(default=None, description="Also send the vocabulary's entry of each token.")
+
+    def check(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("send either a prompt or messages", param="prompt")
+
+
+class DetokenizeRequest(_Request):
+    """Body of `POST /detokenize`, as vLLM has it."""
+
+    model: str | None = Field(default=None, description="A name that requests may have; all have the base's tokenizer.")
+    tokens: _List[int]
+
+
 class AdapterRequest(_Request):
     """Body of `POST /v1/adapters`."""
 
@@ -321,7 +349,7 @@ def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
         raise ApiError(400, "the body must be a JSON object")
     value = _without_neutral(value, kind.neutral, "")
     messages = value.get("messages")
-    if kind is ChatRequest and isinstance(messages, list):
+    if "messages" in kind.model_fields and isinstance(messages, list):
         value["messages"] = [
             _without_neutral(message, Message.neutral, f"messages[{position}].")
             if isinstance(message, dict)
@@ -502,6 +530,21 @@ class ChatChunk(_Reply):
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
+
+
+class Tokens(_Reply):
+    """Reply of `POST /tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(_Reply):
+    """Reply of `POST /detokenize`."""
+
+    prompt: str
 
 
 class ErrorBody(_Reply):

@@ -24,6 +24,7 @@ from perft_serve.engine.params import RequestError
 from perft_serve.inputs import InputProcessor
 from perft_serve.outputs import CompletionStream, Delta
 from perft_serve.server.client import EngineClient, EventStream
+from perft_serve.server.config import ServerConfig
 from perft_serve.server.errors import ApiError
 from perft_serve.server.models import ModelNames
 from perft_serve.server.protocol import PromptTokensDetails, RequestT, Usage, parse_request
@@ -172,31 +173,42 @@ class Service:
     """What an endpoint needs to answer a request."""
 
     def __init__(
-        self, client: EngineClient, tokenizer: TextTokenizer | None, models: ModelNames, *, max_body_size: int
+        self, client: EngineClient, tokenizer: TextTokenizer | None, models: ModelNames, config: ServerConfig
     ) -> None:
         self.client = client
         self.tokenizer = tokenizer
         self.models = models
         self.inputs = InputProcessor(tokenizer, client.limits)
-        self._max_body_size = max_body_size
+        self._config = config
 
     async def read_json(self, request: Request) -> bytes:
         """The body of a request that must be JSON, not yet parsed.
 
         Raises:
-            ApiError: 415, it is not declared as JSON; 413, it is too long.
+            ApiError: 415, it is not declared as JSON; 413, it is too long; 408, it does not come in time.
         """
         content_type = request.headers.get("content-type", "")
         if content_type.partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, f"the content-type must be application/json, not {content_type or 'empty'!r}")
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding != "identity":
+            raise ApiError(415, f"the content-encoding {encoding!r} is not supported: send the body as it is")
         declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_body_size:
+        if declared.isdecimal() and int(declared) > self._config.max_body_size:
             raise self._too_long()
+        timeout = self._config.receive_timeout
+        try:
+            return await asyncio.wait_for(self._read(request), timeout)
+        except asyncio.TimeoutError as error:
+            message = f"the body has not come whole within {timeout} seconds"
+            raise ApiError(408, message, headers={"connection": "close"}) from error
+
+    async def _read(self, request: Request) -> bytes:
         parts: list[bytes] = []
         size = 0
         async for part in request.stream():
             size += len(part)
-            if size > self._max_body_size:
+            if size > self._config.max_body_size:
                 raise self._too_long()
             parts.append(part)
         return b"".join(parts)
@@ -222,7 +234,9 @@ class Service:
             return self.client.submit(generation.requests_for(self.models.resolve(model)))
 
         if generation.streams:
-            return EventStreamResponse(submit, generation.chunks, generation.last_chunks)
+            return EventStreamResponse(
+                submit, generation.chunks, generation.last_chunks, keep_alive=self._config.stream_keep_alive
+            )
         try:
             body = await until_disconnect(request.receive, generation.whole(submit))
         except ClientDisconnect:
@@ -230,7 +244,9 @@ class Service:
         return Response(body, media_type="application/json")
 
     def _too_long(self) -> ApiError:
-        return ApiError(413, f"the body is longer than {self._max_body_size} bytes, which is this server's limit")
+        return ApiError(
+            413, f"the body is longer than {self._config.max_body_size} bytes, which is this server's limit"
+        )
 
 
 async def _work(work: Callable[[], T], *, in_thread: bool) -> T:

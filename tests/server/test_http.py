@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -374,7 +375,8 @@ class TestBadInput:
         assert_error(server.http.post(COMPLETIONS + "/", json={}), 404)
         wrong_method = server.http.get(COMPLETIONS)
         assert_error(wrong_method, 405)
-        assert wrong_method.headers["allow"] == "POST"
+        assert wrong_method.headers["allow"] == "OPTIONS, POST"
+        assert_error(server.http.delete("/v1/adapters"), 405, "GET, HEAD, OPTIONS, POST")
         assert_error(server.http.post("/health"), 405)
         body = json.dumps({"model": BASE, "prompt": "hello"})
         assert_error(server.http.post(COMPLETIONS, content=body), 415, "application/json")
@@ -382,8 +384,16 @@ class TestBadInput:
         assert_error(server.http.post(COMPLETIONS, content=body, headers=plain), 415, "'text/plain'")
 
     def test_the_clients_own_request_id_is_not_taken(self, server: RunningServer) -> None:
-        reply = server.http.get("/health", headers={"x-request-id": "mine"})
-        assert reply.headers["x-request-id"] != "mine"
+        """It goes back under another name, if it is short and plain."""
+        for name, value, echoed in (
+            ("x-request-id", "mine", "mine"),
+            ("x-client-request-id", "req-1:2/3", "req-1:2/3"),
+            ("x-request-id", "x" * 129, None),
+            ("x-request-id", "<b>", None),
+        ):
+            reply = server.http.get("/v1/nothing", headers={name: value})
+            assert re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
+            assert reply.headers.get("x-client-request-id") == echoed
 
 
 class TestHangUps:
@@ -466,6 +476,63 @@ class TestLimits:
             server.wait_until(lambda stats: stats.num_steps > 1)
             server.wait_until_idle()
             server.wait_until(lambda _: server.client._num_open == 0)
+
+
+class TestStreams:
+    TEXT = "naïve 世界 👩‍🚀 한국 ἀρχή 🇫🇷."
+
+    def test_characters_are_never_cut(self, server: RunningServer) -> None:
+        """The tiny tokenizer writes these characters as two to four tokens each."""
+        body = {"prompt": self.TEXT, "add_special_tokens": False}
+        tokens = server.http.post("/tokenize", json=body).json()["tokens"]
+        assert len(tokens) > len(self.TEXT)
+        server.knobs.set(say=tuple(tokens))
+        sizes = []
+        for path, given in ((COMPLETIONS, {"prompt": "hello"}), (CHAT, {"messages": MESSAGES})):
+            options = {"max_tokens": len(tokens), "stream": True, "ignore_eos": True}
+            with server.http.stream("POST", path, json={"model": BASE, **given, **options}) as reply:
+                for part in reply.iter_raw():
+                    part.decode()  # each alone
+                    sizes.append(len(part))
+            reply = server.post(path, {**given, **options})
+            texts = [
+                choice["text"] if path == COMPLETIONS else choice["delta"].get("content") or ""
+                for chunk in events_of(reply.text)
+                for choice in chunk["choices"]
+            ]
+            assert "".join(texts) == self.TEXT
+            assert not any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
+        assert len(sizes) > 20
+
+    def test_one_event_for_each_token(self, server: RunningServer) -> None:
+        server.knobs.set(pace=0.02)
+        body = {"prompt": "hello", "max_tokens": 12, "stream": True, "ignore_eos": True, "return_token_ids": True}
+        chunks = events_of(server.post(COMPLETIONS, body).text)
+        assert [len(chunk["choices"][0]["token_ids"]) for chunk in chunks] == [1] * 12
+
+    def test_a_silent_stream_is_kept_alive(self, start_server: Callable[..., RunningServer]) -> None:
+        server = start_server(ServerConfig(stream_keep_alive=1))
+        server.knobs.set(pace=1.4)
+        body = {"prompt": "hello", "max_tokens": 2, "stream": True, "ignore_eos": True}
+        parts = server.post(COMPLETIONS, body).text.split("\n\n")
+        comments = [part for part in parts if part.startswith(":")]
+        assert set(comments) == {": keep-alive"}
+        assert len(comments) >= 2
+        assert parts[0] == ": keep-alive"  # the first token had not come yet
+        assert parts[-2:] == ["data: [DONE]", ""]
+        # What fails after the first comment has its status already
+        server.knobs.set(pace=1.4, spoil="broken")
+        reply = server.post(COMPLETIONS, body)
+        assert reply.status_code == 200
+        comment, error, done, _ = reply.text.split("\n\n")
+        assert (comment, done) == (": keep-alive", "data: [DONE]")
+        assert json.loads(error.removeprefix("data: "))["error"]["message"] == "generation has failed: broken"
+
+    def test_no_comments_unless_asked(self, start_server: Callable[..., RunningServer]) -> None:
+        server = start_server(ServerConfig(stream_keep_alive=0))
+        server.knobs.set(pace=1.2)
+        reply = server.post(COMPLETIONS, {"prompt": "hello", "max_tokens": 1, "stream": True, "ignore_eos": True})
+        assert len(events_of(reply.text)) == 1
 
 
 class TestFailures:
