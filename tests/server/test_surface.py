@@ -237,11 +237,16 @@ class TestKeys:
             assert guarded.http.request(method, path, headers=self.bearer(OPERATORS)).status_code == 200
 
     def test_tenants_do_not_share_cached_prompts(self, guarded: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-        seen = []
+        seen: list[object] = []
         link = guarded.client._link
         assert link is not None
         send = link.send
-        monkeypatch.setattr(link, "send", lambda command: (seen.append(command), send(command)))
+
+        def note(command: Any) -> None:
+            seen.append(command)
+            send(command)
+
+        monkeypatch.setattr(link, "send", note)
         prompt = list(range(5, 69))
 
         def cached(key: str, salt: str | None = None) -> int:
