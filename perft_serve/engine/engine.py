@@ -90,6 +90,7 @@ class Engine:
             raise RequestError(_was_deleted(ref.name), param="model")
         self.limits.check_prompt(request.prompt_ids)
         self.limits.check_length(request.prompt_ids, params)
+        self.limits.check_tokens(params, request.bad_words)
         self._scheduler.add(
             Sequence(
                 request=request,

@@ -10,7 +10,7 @@ from perft_serve.adapters.status import AdapterMemory
 from perft_serve.engine.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-ErrorKind = Literal["engine", "adapter", "deleted"]
+ErrorKind = Literal["engine", "adapter", "deleted", "request"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,10 +20,11 @@ class EngineRequest:
     Args:
         request_id: unique among the requests in flight.
         prompt_ids: token ids of the prompt, at least one.
-        params: sampling parameters; `n` and `stop` (strings) are the caller's business, not the engine's.
+        params: sampling parameters; `n` and the strings (`stop`, `bad_words`) are the caller's business, not the engine's.
         adapter: the version of an adapter that the request is pinned to, or `None` for the base.
         choice: which of the `n` completions this is; it enters the seed, so that they differ.
         arrival: `time.monotonic()` when the request came in.
+        bad_words: `params.bad_words` as token ids: sequences that must not be generated.
         cache_scope: requests of different scopes never share a page of the prefix cache.
         tenant: whose request it is, for a scheduling policy that is fair between tenants.
     """
@@ -34,6 +35,7 @@ class EngineRequest:
     adapter: AdapterRef | None = None
     choice: int = 0
     arrival: float = 0.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
     cache_scope: str = ""
     tenant: str = ""
 
@@ -67,7 +69,7 @@ class TokenEvent:
         finish_reason: `stop` (end-of-sequence or a stop token: `stop_reason` holds a stop token's id), `length`,
             `abort`, `error` (`error` says why).
         error_kind: whose error it is: the adapter's, which could not be loaded; nobody's, it was deleted while the request
-            was in flight; or else the engine's.
+            was in flight; the request's, which left no token to choose; or else the engine's.
         timing: on the first event, unless the request ended before it was ever scheduled.
         num_cached_tokens: how many tokens of the prompt were found in the prefix cache; on the first event.
     """

@@ -4,6 +4,7 @@ engine, which trusts nobody. Plain Python.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,26 @@ class Limits:
                     f"to {self.vocab_size - 1}",
                     param="prompt",
                 )
+
+    def check_tokens(self, params: SamplingParams, bad_words: Sequence[Sequence[int]] = ()) -> None:
+        """Refuse a request that names tokens which there are not.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        for name, token_ids in (
+            ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("bad_words", itertools.chain.from_iterable(bad_words)),
+        ):
+            for token_id in token_ids:
+                if not 0 <= token_id < self.vocab_size:
+                    raise RequestError(
+                        f"{name}: token id {token_id} is not in the vocabulary, which has ids 0 to {self.vocab_size - 1}",
+                        param=name,
+                    )
+        if not all(bad_words):
+            raise RequestError("bad_words: a word without tokens", param="bad_words")
 
     def check_length(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse a prompt that does not fit, with what is to be generated.

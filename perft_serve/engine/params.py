@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from perft.errors import PerftError
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 256
 
 
 class RequestError(PerftError):
@@ -35,9 +38,18 @@ class SamplingParams:
         stop: strings that end the text; they are left out of it unless `include_stop_str_in_output`.
         stop_token_ids: tokens that end the text, as the end-of-sequence token does.
         ignore_eos: go on after the end-of-sequence token.
+        min_tokens: nothing ends the text before so many tokens: the tokens that would are not taken, and stop strings not
+            looked for.
+        logit_bias: what is added to the logits of some tokens, by token id, in [-100, 100].
+        presence_penalty: what is taken off the logit of every token that was generated before, in [-2, 2].
+        frequency_penalty: the same, times how often it was.
+        repetition_penalty: what the logit of every token in prompt or completion is divided by if it is positive, and
+            multiplied with if it is negative; above 1 discourages.
+        allowed_token_ids: no others are taken; `None`: all may be.
+        bad_words: strings whose tokens are never generated in a row, with and without a space before them.
         logprobs: how many of the likeliest tokens to report at each generated position, beside the chosen one;
             0 reports the chosen one only, `None` nothing. Log-probabilities are of the model's own
-            distribution, before temperature and filters.
+            distribution, before bias, penalties, temperature and filters.
         prompt_logprobs: the same for each position of the prompt (the first has none).
         skip_special_tokens: leave special tokens out of the text.
 
@@ -55,6 +67,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    logit_bias: dict[int, float] = field(default_factory=dict, hash=False)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -63,8 +82,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, name)
+            if name == "allowed_token_ids" and value is None:
+                continue
             if not isinstance(value, (list, tuple)):
                 raise RequestError(f"{name} must be a list, got {value!r}", param=name)
             object.__setattr__(self, name, tuple(value))
@@ -76,6 +97,10 @@ class SamplingParams:
         _check_float("temperature", self.temperature, 0.0, 2.0)
         _check_float("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        self._check_tokens()
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}", param=name)
@@ -85,10 +110,38 @@ class SamplingParams:
             if not isinstance(stop, str) or not stop:
                 raise RequestError(f"stop strings must be non-empty strings, got {stop!r}", param="stop")
 
+    def _check_tokens(self) -> None:
+        """The fields that name tokens, which need the vocabulary to be checked in full (`Limits.check_tokens`)."""
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}", param="logit_bias")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise RequestError(
+                f"logit_bias of at most {MAX_LOGIT_BIAS} tokens, got {len(self.logit_bias)}", param="logit_bias"
+            )
+        for token_id, bias in self.logit_bias.items():
+            _check_int("logit_bias", token_id, 0, 1 << 31)
+            _check_float("logit_bias", bias, -100.0, 100.0)
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise RequestError("allowed_token_ids is empty: no token could be taken", param="allowed_token_ids")
+            for token_id in self.allowed_token_ids:
+                _check_int("allowed_token_ids", token_id, 0, 1 << 31)
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise RequestError(f"at most {MAX_BAD_WORDS} bad words, got {len(self.bad_words)}", param="bad_words")
+        for word in self.bad_words:
+            if not isinstance(word, str) or not word.strip():
+                raise RequestError(f"bad words must be strings that are not blank, got {word!r}", param="bad_words")
+
     def _check_ints(self) -> None:
         _check_int("n", self.n, 1, 128)
         # 0 is of use only to score a prompt: whoever takes it from a user decides whether it makes sense
         _check_int("max_tokens", self.max_tokens, 0 if self.prompt_logprobs is not None else 1, 1 << 31, optional=True)
+        _check_int("min_tokens", self.min_tokens, 0, 1 << 31)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, which is more than max_tokens, {self.max_tokens}", param="min_tokens"
+            )
         _check_int("top_k", self.top_k, -1, 1 << 31)
         if self.top_k == -1:  # vLLM's other spelling of "all"
             object.__setattr__(self, "top_k", 0)
@@ -97,6 +150,22 @@ class SamplingParams:
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, 1 << 31)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens that came before are discouraged, or encouraged."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether the logits are changed before anything else is done with them."""
+        return bool(
+            self.has_penalties
+            or self.logit_bias
+            or self.min_tokens
+            or self.bad_words
+            or self.allowed_token_ids is not None
+        )
 
     @property
     def greedy(self) -> bool:

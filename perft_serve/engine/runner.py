@@ -20,10 +20,13 @@ from perft_serve.engine.batch import Batch, build_batch
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_programs import DecodePrograms
 from perft_serve.engine.digest import base_digest
+from perft_serve.engine.events import TokenLogprobs
+from perft_serve.engine.logits import LogitEditor
 from perft_serve.engine.packing import pack
-from perft_serve.engine.sampler import sample, token_logprobs, uniform
+from perft_serve.engine.sampler import EditedRows, Fault, sample, token_logprobs, uniform
 from perft_serve.engine.scheduler import Chunk, ChunkResult, Plan
 from perft_serve.engine.seam import KvCache, Seam, install
+from perft_serve.engine.sequence import Sequence
 
 # these choose rotary frequencies by the longest sequence of a batch, so a request would depend on its neighbours
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -55,6 +58,7 @@ class Runner:
         self.max_position_embeddings = int(getattr(text_config, "max_position_embeddings", 0)) or None
         self.eos_token_ids = _eos_token_ids(self._model)
         self.dtype = self._model.dtype
+        self._editor = LogitEditor(self.eos_token_ids, self.vocab_size, self.device)
         blocks = find_moe_blocks(self._model)
         pack(self._model, blocks)
         self._seam = Seam()
@@ -122,45 +126,52 @@ class Runner:
                 row += 1
             if chunk.samples:
                 sampled.append((chunk, row - 1))
-        results = {chunk.seq: self._choose(chunk, *chosen) for chunk, *chosen in self._sample(sampled, logits_NV)}
+        results = self._sample(sampled, logits_NV)
         prompt_logprobs = {chunk.seq: self._score(chunk, logits_NV[rows]) for chunk, rows in scored}
         return [
             ChunkResult(
                 token_id=result.token_id,
                 logprobs=result.logprobs,
                 error=result.error,
+                error_kind=result.error_kind,
                 prompt_logprobs=prompt_logprobs.get(chunk.seq, ()),
             )
             for chunk in plan.chunks
             for result in (results.get(chunk.seq, ChunkResult()),)
         ]
 
-    def _sample(self, sampled: list[tuple[Chunk, int]], logits_NV: Tensor) -> list[tuple[Chunk, int, bool, Any]]:
-        """(chunk, token, whether its logits are fine, log-probabilities or `None`) of each chunk that gets a token."""
+    def _sample(self, sampled: list[tuple[Chunk, int]], logits_NV: Tensor) -> dict[Sequence, ChunkResult]:
+        """What comes of each chunk that gets a token."""
         if not sampled:
-            return []
+            return {}
         rows = [row for _, row in sampled]
         logits_BV = (
             logits_NV if rows == list(range(len(logits_NV))) else logits_NV[torch.tensor(rows, device=self.device)]
         )
         seqs = [chunk.seq for chunk, _ in sampled]
         draws = [uniform(seq.seed, seq.request.choice, len(seq.token_ids)) for seq in seqs]
-        tokens, fine = sample(logits_BV, [seq.request.params for seq in seqs], draws)
-        wanted = [i for i, seq in enumerate(seqs) if fine[i] and seq.request.params.logprobs is not None]
-        logprobs: dict[int, Any] = {}
+        tokens, faults = sample(logits_BV, [seq.request.params for seq in seqs], draws, self._edited(seqs, logits_BV))
+        wanted = [i for i, seq in enumerate(seqs) if faults[i] is None and seq.request.params.logprobs is not None]
+        logprobs: dict[int, TokenLogprobs] = {}
         if wanted:
             num_top = [seqs[i].request.params.logprobs or 0 for i in wanted]
             found = token_logprobs(logits_BV[wanted], [tokens[i] for i in wanted], num_top)
             logprobs = dict(zip(wanted, found, strict=True))
-        return [(chunk, tokens[i], fine[i], logprobs.get(i)) for i, (chunk, _) in enumerate(sampled)]
+        return {
+            seq: _faulty(seq, fault)
+            if (fault := faults[i]) is not None
+            else ChunkResult(token_id=tokens[i], logprobs=logprobs.get(i))
+            for i, seq in enumerate(seqs)
+        }
 
-    @staticmethod
-    def _choose(chunk: Chunk, token: int, fine: bool, logprobs: Any) -> ChunkResult:
-        if fine:
-            return ChunkResult(token_id=token, logprobs=logprobs)
-        adapter = chunk.seq.request.adapter
-        whose = "the base model" if adapter is None else f"adapter {adapter.name!r}"
-        return ChunkResult(error=f"the logits are not numbers (NaN): {whose} gives no usable output")
+    def _edited(self, seqs: list[Sequence], logits_BV: Tensor) -> EditedRows | None:
+        """The logits of the sequences that have them changed; log-probabilities are of those that were there before."""
+        rows = [i for i, seq in enumerate(seqs) if seq.edits_logits]
+        if not rows:
+            return None
+        logits_RV = logits_BV[rows]  # a copy
+        self._editor.edit(logits_RV, [seqs[i] for i in rows])
+        return EditedRows(tuple(rows), logits_RV)
 
     @staticmethod
     def _score(chunk: Chunk, logits_nV: Tensor) -> tuple[Any, ...]:
@@ -186,6 +197,18 @@ class Runner:
                 "values; models with other kinds of layers (linear attention, state space) cannot be served"
             )
         return shapes
+
+
+def _faulty(seq: Sequence, fault: Fault) -> ChunkResult:
+    """The end of a sequence for which no token can be chosen."""
+    if fault == "nothing left":
+        return ChunkResult(
+            error="no token is left to choose: allowed_token_ids, bad_words and min_tokens together exclude all of them",
+            error_kind="request",
+        )
+    adapter = seq.request.adapter
+    whose = "the base model" if adapter is None else f"adapter {adapter.name!r}"
+    return ChunkResult(error=f"the logits are not numbers (NaN): {whose} gives no usable output")
 
 
 def _device(name: str) -> torch.device:

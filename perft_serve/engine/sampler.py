@@ -7,7 +7,10 @@ state, so neighbours, chunking and preemption cannot change it.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ from perft_kernels.argmax import argmax
 from perft_serve.engine.events import TokenLogprobs
 from perft_serve.engine.params import SamplingParams
 
+Fault = Literal["nan", "nothing left"]
+
 
 def uniform(seed: int, choice: int, position: int) -> float:
     """A number in [0, 1) that looks random and is a function of its arguments."""
@@ -23,29 +28,56 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def sample(logits_BV: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> tuple[list[int], list[bool]]:
+@dataclass(frozen=True, slots=True)
+class EditedRows:
+    """Logits `logits_RV` (float32) that stand in for those of some rows: what the requests have made of them (`logits.py`)."""
+
+    rows: tuple[int, ...]
+    logits_RV: Tensor
+
+
+def sample(
+    logits_BV: Tensor,
+    params: Sequence[SamplingParams],
+    draws: Sequence[float],
+    edited: EditedRows | None = None,
+) -> tuple[list[int], list[Fault | None]]:
     """Choose a token for each row.
 
     Args:
         logits_BV: float32; not changed.
         params: of each row.
         draws: a number in [0, 1) for each row; greedy rows do not use it.
+        edited: the logits of some rows as they are to be taken.
 
     Returns:
-        (token ids, whether each row's logits are free of NaN; the token of a row that is not has no meaning).
+        (token ids, what is wrong with each row if anything is: `nan`, its logits hold a NaN, or `nothing left`, no token may
+        be taken; the token of such a row has no meaning).
     """
     tokens: list[int] = argmax(logits_BV).tolist()
-    fine = [token >= 0 for token in tokens]
-    sampled = [i for i, p in enumerate(params) if not p.greedy and fine[i]]
+    faults: list[Fault | None] = [None if token >= 0 else "nan" for token in tokens]
+    place: dict[int, int] = {}  # of the edited rows
+    if edited is not None:
+        place = {row: r for r, row in enumerate(edited.rows)}
+        best_R = argmax(edited.logits_RV)
+        most_R = edited.logits_RV.gather(1, best_R.clamp(min=0).unsqueeze(1)).squeeze(1)
+        for row, best, most in zip(edited.rows, best_R.tolist(), most_R.tolist(), strict=True):
+            tokens[row] = best
+            if faults[row] is None and most == -math.inf:
+                faults[row] = "nothing left"
+    sampled = [i for i, p in enumerate(params) if not p.greedy and faults[i] is None]
     for choose, is_filtered in ((_from_all, False), (_from_likeliest, True)):
         rows = [i for i in sampled if _is_filtered(params[i]) == is_filtered]
         if rows:
             temperature_B1 = _column([params[i].temperature for i in rows], logits_BV)
-            probs_BV = torch.softmax(logits_BV[rows].double() / temperature_B1, dim=-1)
+            some_BV = logits_BV[rows]  # a copy
+            if edited is not None and (changed := [b for b, i in enumerate(rows) if i in place]):
+                some_BV[changed] = edited.logits_RV[[place[rows[b]] for b in changed]]
+            probs_BV = torch.softmax(some_BV.double() / temperature_B1, dim=-1)
             chosen = choose(probs_BV, [params[i] for i in rows], _column([draws[i] for i in rows], logits_BV))
             for i, token in zip(rows, chosen.tolist(), strict=True):
                 tokens[i] = token
-    return tokens, fine
+    return tokens, faults
 
 
 def _is_filtered(params: SamplingParams) -> bool:

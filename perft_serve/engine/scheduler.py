@@ -99,13 +99,14 @@ class ChunkResult:
         token_id: the new token, if the chunk samples.
         logprobs: of the new token, if asked for.
         prompt_logprobs: of the prompt tokens that follow the chunk's tokens, if asked for.
-        error: why there is no token although there should be.
+        error: why there is no token although there should be; `error_kind`: whose fault that is.
     """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+    error_kind: ErrorKind = "engine"
 
 
 @dataclass(slots=True)
@@ -588,7 +589,7 @@ class Scheduler:
 
     def _fail(self, seq: Sequence, error: str, kind: ErrorKind) -> None:
         """End a sequence that is in no queue; the next `commit` says so."""
-        self._ended.append(self._event(seq, ChunkResult(error=error), "error", kind))
+        self._ended.append(self._event(seq, ChunkResult(error=error, error_kind=kind), "error"))
         self._drop(seq)
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
@@ -605,9 +606,7 @@ class Scheduler:
             self._drop(seq)
         return event
 
-    def _event(
-        self, seq: Sequence, result: ChunkResult, reason: FinishReason | None, error_kind: ErrorKind = "engine"
-    ) -> TokenEvent:
+    def _event(self, seq: Sequence, result: ChunkResult, reason: FinishReason | None) -> TokenEvent:
         first = seq.num_generated == (result.token_id is not None)
         timing = None
         if first and seq.scheduled_at is not None:
@@ -621,7 +620,7 @@ class Scheduler:
             finish_reason=reason,
             stop_reason=result.token_id if by_stop_token else None,
             error=result.error,
-            error_kind=None if result.error is None else error_kind,
+            error_kind=None if result.error is None else result.error_kind,
             timing=timing,
             num_cached_tokens=seq.num_cached_tokens if first else None,
         )

@@ -29,6 +29,8 @@ class Sequence:
         num_cached_tokens: tokens of the prompt that were in the prefix cache when it started.
         passed_over: how many later arrivals have started while it waited for room in the arena; settled when it does so no
             longer, and counted up to `policy.MAX_PASSED_OVER`.
+        edits_logits: whether its logits are changed before a token is chosen.
+        edits: what the sampler keeps for that, from its first token to its last, preempted or not.
     """
 
     request: EngineRequest
@@ -47,8 +49,11 @@ class Sequence:
     page_hashes: list[bytes] = field(default_factory=list)
     num_cached_tokens: int = 0
     passed_over: int = 0
+    edits_logits: bool = False
+    edits: object = None
 
     def __post_init__(self) -> None:
+        self.edits_logits = self.request.params.edits_logits or bool(self.request.bad_words)
         self.token_ids = list(self.request.prompt_ids)
         if self.request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,6 +40,22 @@ def test_prompts_that_cannot_be_served(engine: Engine, prompt: list[Any], settin
     assert not engine.has_work()
 
 
+@pytest.mark.parametrize(
+    ("settings", "bad_words"),
+    [
+        ({"logit_bias": {128: 1}}, ()),
+        ({"allowed_token_ids": (1, 128)}, ()),
+        ({}, ((1, 128),)),
+        ({}, ((-1,),)),
+        ({}, ((),)),
+    ],
+)
+def test_tokens_that_there_are_not(engine: Engine, settings: Any, bad_words: Any) -> None:
+    with pytest.raises(RequestError, match="vocabulary|without tokens"):
+        engine.submit(replace(request("x", [1], **settings), bad_words=bad_words))
+    assert not engine.has_work()
+
+
 def test_a_request_id_that_is_taken(engine: Engine) -> None:
     engine.submit(request("x", [1]))
     with pytest.raises(RequestError, match="in use"):
@@ -68,6 +85,20 @@ def test_a_request_id_that_is_taken(engine: Engine) -> None:
         ({"stop": 5}, "stop must be a list"),
         ({"stop_token_ids": (-1,)}, "stop_token_ids"),
         ({"ignore_eos": 1}, "ignore_eos must be true or false"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 17}, "min_tokens is 17, which is more than max_tokens, 16"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": [1]}, "logit_bias must map"),
+        ({"logit_bias": {"5": 1}}, "logit_bias must be an integer"),
+        ({"logit_bias": {5: 101}}, "logit_bias must be in"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, "at most 1024"),
+        ({"allowed_token_ids": ()}, "allowed_token_ids is empty"),
+        ({"allowed_token_ids": (-1,)}, "allowed_token_ids"),
+        ({"bad_words": "no"}, "bad_words must be a list"),
+        ({"bad_words": (" ",)}, "not blank"),
+        ({"bad_words": ("x",) * 257}, "at most 256"),
     ],
 )
 def test_bad_sampling_parameters(settings: Any, message: str) -> None:

@@ -17,8 +17,8 @@ def support(**params: float) -> set[int]:
     """Tokens that can come out at all."""
     settings = SamplingParams(**params)  # type: ignore[arg-type]
     draws = [i / 400 for i in range(400)]
-    tokens, fine = sample(LOGITS.repeat(400, 1), [settings] * 400, draws)
-    assert all(fine)
+    tokens, faults = sample(LOGITS.repeat(400, 1), [settings] * 400, draws)
+    assert not any(faults)
     return set(tokens)
 
 
@@ -65,8 +65,8 @@ def test_rows_do_not_mix() -> None:
     logits = torch.randn(5, 50, generator=g)
     logits[4, 7] = float("nan")
     draws = [0.3, 0.9, 0.62, 0.11, 0.5]
-    tokens, fine = sample(logits, [*params, SamplingParams()], draws)
-    assert fine == [True, True, True, True, False]
+    tokens, faults = sample(logits, [*params, SamplingParams()], draws)
+    assert faults == [None, None, None, None, "nan"]
     for i, one in enumerate(params):
         assert sample(logits[i : i + 1], [one], [draws[i]])[0] == [tokens[i]]
 
