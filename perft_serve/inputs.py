@@ -12,7 +12,7 @@ from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.engine.events import EngineRequest
 from perft_serve.engine.limits import Limits
 from perft_serve.engine.params import RequestError, SamplingParams
-from perft_serve.text import TextTokenizer
+from perft_serve.text import TextTokenizer, check_unicode
 
 
 class InputProcessor:
@@ -82,6 +82,8 @@ class InputProcessor:
         self._limits.check_length(prompt_ids, params)
         if params.stop and self.tokenizer is None:
             raise RequestError("this model has no tokenizer: use stop_token_ids in place of stop", param="stop")
+        bad_words = self._bad_words(params.bad_words) if params.bad_words else ()
+        self._limits.check_tokens(params, bad_words)
         return [
             EngineRequest(
                 request_id=f"{request_id}-{choice}",
@@ -90,8 +92,21 @@ class InputProcessor:
                 adapter=adapter,
                 choice=choice,
                 arrival=arrival,
+                bad_words=bad_words,
                 cache_scope=cache_scope,
                 tenant=tenant,
             )
             for choice in range(params.n)
         ]
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word, as it begins a text and as it follows a space."""
+        if self.tokenizer is None:
+            raise RequestError("this model has no tokenizer: bad words have no token ids", param="bad_words")
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            check_unicode(word, param="bad_words")
+            for text in (word.lstrip(), " " + word.lstrip()):
+                found[tuple(self.tokenizer.encode(text, add_special_tokens=False))] = None
+        found.pop((), None)  # a normaliser may leave nothing of a word
+        return tuple(found)

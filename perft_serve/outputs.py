@@ -103,6 +103,7 @@ class CompletionStream:
         )
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._include_stop_token = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
         self._num_characters = 0
         self.num_tokens = 0
         self.finished = False
@@ -118,7 +119,9 @@ class CompletionStream:
         text_offset = self._num_characters
         finish_reason: FinishReason | None = event.finish_reason
         stop_reason: int | str | None = event.stop_reason
-        text = self._stops.push(self._decode(event))
+        piece = self._decode(event)
+        # as with stop tokens, which are not among the first `min_tokens`
+        text = self._stops.push(piece, exempt=0 < self.num_tokens <= self._min_tokens)
         if self._stops.matched is not None:
             finish_reason, stop_reason = "stop", self._stops.matched
         elif finish_reason is not None:

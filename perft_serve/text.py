@@ -255,22 +255,35 @@ class StopStrings:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
+        self._num_exempt = 0  # characters of what is held that no match may end in
         self.matched: str | None = None
 
-    def push(self, piece: str) -> str:
-        """The text that may be given out now. After a match (`matched`) there is no more."""
+    def push(self, piece: str, *, exempt: bool = False) -> str:
+        """The text that may be given out now. After a match (`matched`) there is no more.
+
+        Args:
+            exempt: a stop string that is complete in this piece does not count; it may begin in it.
+        """
         if self.matched is not None:
             return ""
         if not self._stops:
             return piece
         text = self._held + piece
-        found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if exempt:
+            self._num_exempt = len(text)
+        # a match ends after the characters that are exempt
+        found = [
+            (start + len(stop), start, stop)
+            for stop in self._stops
+            if (start := text.find(stop, max(0, self._num_exempt + 1 - len(stop)))) >= 0
+        ]
         if found:
             end, start, self.matched = min(found)
             self._held = ""
             return text[: end if self._include else start]
         held = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
+        self._num_exempt = max(0, self._num_exempt - (len(text) - held))
         return text[: len(text) - held]
 
     def flush(self) -> str:

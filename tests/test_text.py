@@ -171,6 +171,30 @@ def test_the_cuts_do_not_matter(text: str, stops: list[str], cuts: list[int], in
     assert cut.matched == letters.matched
 
 
+@given(
+    pieces=st.lists(st.text("ab", max_size=6), max_size=8),
+    stops=st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=3),
+    num_exempt=st.integers(0, 8),
+)
+def test_a_stop_string_counts_only_if_it_ends_after_the_exempt_pieces(
+    pieces: list[str], stops: list[str], num_exempt: int
+) -> None:
+    found = StopStrings(stops)
+    given_out = [found.push(piece, exempt=i < num_exempt) for i, piece in enumerate(pieces)]
+    if found.matched is None:
+        given_out.append(found.flush())
+    text, exempt = "".join(pieces), len("".join(pieces[:num_exempt]))
+    ends = [end for end in range(exempt + 1, len(text) + 1) if text[:end].endswith(tuple(stops))]
+    if not ends:
+        assert (found.matched, "".join(given_out)) == (None, text)
+        return
+    longest = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+    assert found.matched == longest
+    # what was given out while it was exempt cannot be taken back
+    cut = text[: ends[0] - len(longest)]
+    assert "".join(given_out) == cut
+
+
 def test_tokens_have_the_text_and_bytes_they_have_inside_a_text(
     tokenizer: TextTokenizer, fallback_tokenizer: TextTokenizer
 ) -> None:

@@ -12,6 +12,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARACTERS = 256
 
 
 class RequestError(PerftError):
@@ -132,6 +133,11 @@ class SamplingParams:
         for word in self.bad_words:
             if not isinstance(word, str) or not word.strip():
                 raise RequestError(f"bad words must be strings that are not blank, got {word!r}", param="bad_words")
+            if len(word) > MAX_BAD_WORD_CHARACTERS:
+                raise RequestError(
+                    f"bad words of at most {MAX_BAD_WORD_CHARACTERS} characters, got one of {len(word)}",
+                    param="bad_words",
+                )
 
     def _check_ints(self) -> None:
         _check_int("n", self.n, 1, 128)

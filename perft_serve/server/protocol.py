@@ -17,29 +17,21 @@ from pydantic_core import ErrorDetails, from_json
 
 from perft_serve.adapters.status import AdapterState
 from perft_serve.engine.events import FinishReason
-from perft_serve.engine.params import MAX_LOGPROBS, RequestError, SamplingParams
+from perft_serve.engine.params import MAX_LOGIT_BIAS, MAX_LOGPROBS, RequestError, SamplingParams
 from perft_serve.server.errors import ApiError
 
 # Fields of OpenAI's and vLLM's APIs that this server does not implement, and the values that ask for nothing.
 _NEUTRAL_IN_BOTH: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (None,),
-    "bad_words": (None, []),
-    "best_of": (None, 1),
-    "frequency_penalty": (None, 0),
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1),
-    "logit_bias": (None, {}),
     "logits_processors": (None, []),
     "metadata": (None, {}),
-    "min_tokens": (None, 0),
-    "presence_penalty": (None, 0),
     "priority": (None, 0),
     "prompt_logprobs": (None,),
-    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "spaces_between_special_tokens": (None, True),
@@ -139,6 +131,21 @@ class _SamplingRequest(_Request):
     stop_token_ids: _List[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = Field(default=None, description="Go on after the end-of-sequence token.")
+    min_tokens: int | None = Field(default=None, description="Nothing ends the text before so many tokens.")
+    logit_bias: dict[str, float] | None = Field(
+        default=None,
+        description=f"Added to the logits of at most {MAX_LOGIT_BIAS} tokens, by token id, in [-100, 100].",
+    )
+    presence_penalty: float | None = Field(default=None, description="Off the logit of what was generated, in [-2, 2].")
+    frequency_penalty: float | None = Field(default=None, description="The same, for each time, in [-2, 2].")
+    repetition_penalty: float | None = Field(
+        default=None, description="Above 1 makes tokens of prompt and completion less likely, below 1 more."
+    )
+    allowed_token_ids: _List[int] | None = Field(default=None, description="No other tokens are taken.")
+    bad_words: _List[str] | None = Field(
+        default=None, description="Never generated, with a space before them or without."
+    )
+    best_of: int | None = Field(default=None, description="As `n`: all that are generated are returned.")
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -160,15 +167,32 @@ class _SamplingRequest(_Request):
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is for streams only: set stream to true", param="stream_options")
+        if self.best_of not in (None, self.n or 1):
+            raise RequestError(
+                f"best_of={self.best_of} is not supported by this server unless it is n: leave it out", param="best_of"
+            )
 
     def _params(self, **further: Any) -> SamplingParams:
         """The sampling parameters that were given; the defaults are those of `SamplingParams`."""
-        names = [
-            *("temperature", "top_p", "top_k", "min_p", "seed", "n", "ignore_eos", "stop", "stop_token_ids"),
-            *("include_stop_str_in_output", "skip_special_tokens"),
-        ]
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in _PARAMS if (value := getattr(self, name)) is not None}
+        if self.logit_bias is not None:
+            given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
         return SamplingParams(**given, **further)
+
+
+# What has the same name and meaning in a request and in `SamplingParams`
+_PARAMS = (
+    *("temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "min_tokens"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words"),
+    *("include_stop_str_in_output", "skip_special_tokens"),
+)
+
+
+def _token_id(key: str) -> int:
+    """The token id that a key of an object stands for: keys are strings in JSON."""
+    if key.isascii() and key.isdecimal() and len(key) <= 10 and str(int(key)) == key:
+        return int(key)
+    raise RequestError(f"logit_bias: the key {_shown(key)} is not a token id", param="logit_bias")
 
 
 class CompletionRequest(_SamplingRequest):

@@ -166,6 +166,8 @@ def _failure(event: TokenEvent) -> Exception:
         return AdapterError(event.error)
     if event.error_kind == "deleted":
         return RequestError(str(event.error), param="model")
+    if event.error_kind == "request":
+        return RequestError(str(event.error))
     return ApiError(500, f"generation has failed: {event.error}")
 
 
