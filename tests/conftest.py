@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_on_cpu  # noqa: F401 - before Transformers' models are
 from tiny import random_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
