@@ -17,10 +17,15 @@ Contract
     | short_T    | [T] int64            | sequence of each new token, -1 for tokens of long prefills: what |
     |            |                      | `short_rows` makes of `num_queries`, once for all layers         |
     | position_T | [T] int64            | position of each new token                                       |
+    | long_Q3    | [Q, 3] int64         | pieces of long prefills, read by the GPU only: sequence, first   |
+    |            |                      | token, number of tokens (`long_pieces` of `num_queries`)         |
     | sinks_H    | [H] or none          | gpt-oss: a learned logit that takes weight and gives nothing     |
 
     Rows of a page that hold no token must be finite (the engine hands out cleared pages): they are masked, and a masked
     NaN would still poison the product with the values. A sequence reads its own pages only.
+
+    The kernels for GPUs are in `gpu/paged_attention.py`. There a short row's context is summed in splits of fixed length in
+    their order, so that its result is the same to the bit whoever is beside it; and so is a long prefill's.
 """
 
 from __future__ import annotations
@@ -31,10 +36,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perft_kernels import gpu
 from perft_kernels.native import element_type, native
 
 # Prefill chunks of more tokens than this are attended one sequence at a time, by torch's blockwise attention.
 MAX_SHORT_QUERIES = 16
+# Tokens in a piece of a long prefill.
+_PIECE = 64
 
 
 def short_rows(num_queries: Sequence[int]) -> list[int]:
@@ -42,8 +50,23 @@ def short_rows(num_queries: Sequence[int]) -> list[int]:
     return [b if n <= MAX_SHORT_QUERIES else -1 for b, n in enumerate(num_queries) for _ in range(n)]
 
 
+def long_pieces(num_queries: Sequence[int]) -> list[tuple[int, int, int]]:
+    """`long_Q3` of the contract."""
+    pieces, start = [], 0
+    for b, n in enumerate(num_queries):
+        if n > MAX_SHORT_QUERIES:
+            pieces += [(b, start + i, min(_PIECE, n - i)) for i in range(0, n, _PIECE)]
+        start += n
+    return pieces
+
+
 def kv_write(k_TGC: Tensor, v_TGC: Tensor, k_pages: Tensor, v_pages: Tensor, slot_T: Tensor) -> None:
     """Store each new token's key and value at row `slot_T[t]` of the pages seen as `[P * page, G, C]`."""
+    if gpu.takes(k_pages) and k_TGC.dtype == v_TGC.dtype == k_pages.dtype:
+        from perft_kernels.gpu.paged_attention import kv_write as write  # Triton is there on GPUs only
+
+        write(_with_whole_rows(k_TGC), _with_whole_rows(v_TGC), k_pages, v_pages, slot_T)
+        return
     kernels = native(k_pages, v_pages)
     if kernels is not None and k_TGC.dtype == v_TGC.dtype == k_pages.dtype and _rows_whole(k_TGC, v_TGC):
         size = k_pages.itemsize
@@ -72,14 +95,27 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     sinks_H: Tensor | None = None,
+    long_Q3: Tensor | None = None,
 ) -> Tensor:
-    """Attention output `[T, H, Cv]`; see the contract at the head of this file.
+    """Attention output `[T, H, Cv]`; see the contract at the head of this file. Without `long_Q3`, it is made here.
 
-    In the CPU kernels, all short sequences at once. In plain torch, sequences with one query are batched, whatever their
-    lengths; the others run one at a time.
+    On a GPU, and in the CPU kernels, all short sequences at once. In plain torch, sequences with one query are batched,
+    whatever their lengths; the others run one at a time.
     """
-    kernels = native(q_THC, k_pages, v_pages)
     out_THC = q_THC.new_empty(q_THC.shape[0], q_THC.shape[1], v_pages.shape[3])
+    if gpu.takes(q_THC, k_pages, v_pages) and q_THC.dtype == k_pages.dtype == v_pages.dtype:
+        from perft_kernels.gpu.paged_attention import paged_attention as attend  # Triton is there on GPUs only
+
+        if long_Q3 is None:
+            pieces = long_pieces(num_queries)
+            long_Q3 = torch.tensor(pieces, dtype=torch.int64, device=q_THC.device).view(-1, 3)
+        has_short = any(n <= MAX_SHORT_QUERIES for n in num_queries)
+        attend(
+            *(_with_whole_rows(q_THC), k_pages, v_pages, pages_BN, short_T, position_T),
+            *(long_Q3, _PIECE, has_short, scale, window, sinks_H, out_THC),
+        )
+        return out_THC
+    kernels = native(q_THC, k_pages, v_pages)
     if kernels is not None and q_THC.dtype == k_pages.dtype and _rows_whole(q_THC):
         kernels(
             "perft_paged_attention",
@@ -128,6 +164,10 @@ def paged_attention(
 def _rows_whole(*tensors: Tensor) -> bool:
     """Whether the last axis of each lies in one piece."""
     return all(t.stride(-1) == 1 for t in tensors)
+
+
+def _with_whole_rows(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _decode(

@@ -1,0 +1,95 @@
+"""Compiling Triton kernels for GPUs on a machine that has none: run by tests in a process of its own, where Triton does not
+interpret. In: `CALLS`, by name. Out: nothing; a kernel that does not compile, or wants more shared memory than the GPU
+has, ends it with an error.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+# Compute capability and the most shared memory of a program, in bytes.
+TARGETS = {80: 163 * 1024, 90: 227 * 1024}
+
+
+class NoGpu:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def compile_all(calls: dict[str, Callable[[], Any]], capability: int) -> list[str]:
+    """Call what launches kernels, which are compiled rather than launched; one line a kernel."""
+    found: list[str] = []
+    label = ""
+    driver.set_active(NoGpu(capability))
+
+    def getitem(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+            shared = compiled.metadata.shared
+            assert shared <= TARGETS[capability], f"{compiled.name} wants {shared} bytes of shared memory"
+            found.append(f"sm_{capability} {label} {compiled.name}: {shared} bytes of shared memory")
+
+        return launch
+
+    JITFunction.__getitem__ = getitem
+    for label, call in calls.items():  # noqa: B007 - `launch` reads it
+        call()
+    return found
+
+
+def attention(dtype: torch.dtype, width: int) -> None:
+    from perft_kernels.gpu.paged_attention import kv_write, paged_attention
+
+    q, pages = torch.zeros(70, 4, width, dtype=dtype), torch.zeros(9, 16, 2, width, dtype=dtype)
+    ints = torch.zeros(70, dtype=torch.int64)
+    kv_write(q[:, :2], q[:, :2], pages, pages, ints)
+    for sinks in (None, torch.zeros(4)):
+        paged_attention(
+            *(q, pages, pages, torch.zeros(2, 8, dtype=torch.int64), ints, ints, torch.zeros(2, 3, dtype=torch.int64)),
+            *(64, True, 0.1, None, sinks, torch.empty_like(q)),
+        )
+
+
+def experts(dtype: torch.dtype, num_tokens: int) -> None:
+    from perft_kernels.gpu.moe_experts import stored_experts
+
+    h, weights = torch.zeros(num_tokens, 128, dtype=dtype), torch.zeros(num_tokens, 4, dtype=dtype)
+    gate_up, down = torch.zeros(8, 128, 128, dtype=dtype), torch.zeros(8, 128, 64, dtype=dtype)
+    ids = torch.zeros(num_tokens, 4, dtype=torch.int64)
+    stored_experts(h, ids, weights, gate_up, down, None, None, False, False, 1.0, 0.0)
+    bias = torch.zeros(8, 128, dtype=dtype)
+    stored_experts(h, ids, weights, gate_up, down.mT.contiguous(), bias, bias, True, True, 1.7, 7.0)
+
+
+CALLS: dict[str, dict[str, Callable[[], Any]]] = {
+    "paged_attention": {
+        "bfloat16 128": lambda: attention(torch.bfloat16, 128),
+        "bfloat16 256": lambda: attention(torch.bfloat16, 256),
+        "float32 256": lambda: attention(torch.float32, 256),
+    },
+    "moe_experts": {
+        "bfloat16 64": lambda: experts(torch.bfloat16, 64),
+        "bfloat16 512": lambda: experts(torch.bfloat16, 512),
+    },
+}
+
+if __name__ == "__main__":
+    print(*compile_all(CALLS[sys.argv[1]], int(sys.argv[2])), sep="\n")
