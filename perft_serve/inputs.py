@@ -7,6 +7,7 @@ both refuse the same things in the same words. Knows no HTTP, no tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.engine.events import EngineRequest
@@ -27,27 +28,43 @@ class InputProcessor:
         self.tokenizer = tokenizer
         self._limits = limits
 
-    def prompt_ids(self, prompt: str | Sequence[int], *, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of a prompt.
+    def prompt_ids(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a prompt, cut if `params` say so.
 
         Raises:
             RequestError: the prompt is empty, is text for a base without a tokenizer, is longer than the context, or has an id
                 that is not in the vocabulary.
         """
+        params = params or SamplingParams()
+        at_most = self._limits.longest_prompt(params)
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError("the prompt is empty: send at least one character", param="prompt")
             if self.tokenizer is None:
                 raise RequestError("this model has no tokenizer: send the prompt as token ids", param="prompt")
             self._limits.check_characters(len(prompt), self.tokenizer.max_token_characters)
-            ids = tuple(self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens))
+            ids = tuple(
+                self.tokenizer.encode(
+                    prompt, add_special_tokens=add_special_tokens, at_most=at_most, side=params.truncation_side
+                )
+            )
+        elif at_most is not None and len(prompt) > at_most:
+            ids = tuple(prompt[-at_most:] if params.truncation_side == "left" else prompt[:at_most])
         else:
             ids = tuple(prompt)
         self._limits.check_prompt(ids)
         return ids
 
-    def chat_ids(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """Token ids of a conversation, open for the assistant's answer.
+    def text_of(self, ids: Sequence[int]) -> str | None:
+        """The text of a prompt that was cut, without special tokens; `None`: there is no tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.decode([token_id for token_id in ids if token_id not in self.tokenizer.special_ids])
+
+    def chat_ids(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None) -> tuple[int, ...]:
+        """Token ids of a conversation, open for the assistant's answer; cut if `params` say so, wherever that falls.
 
         Raises:
             RequestError: there is no tokenizer or no chat template, the template refuses the messages, or they are longer than
@@ -57,7 +74,9 @@ class InputProcessor:
             raise RequestError("this model has no tokenizer: use completions with token ids", param="messages")
         text = self.tokenizer.render_chat(messages)
         self._limits.check_characters(len(text), self.tokenizer.max_token_characters)
-        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        params = params or SamplingParams()
+        at_most = self._limits.longest_prompt(params)
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False, at_most=at_most, side=params.truncation_side))
         self._limits.check_prompt(ids)
         return ids
 
@@ -70,11 +89,16 @@ class InputProcessor:
         adapter: AdapterRef | None,
         arrival: float,
         cache_scope: str = "",
+        priority: int = 0,
         tenant: str = "",
+        scored_once: bool = True,
     ) -> list[EngineRequest]:
         """One engine request for each of the `params.n` completions, named `request_id-0`, `request_id-1`, ...
 
         The rest of the arguments is what `EngineRequest` says.
+
+        Args:
+            scored_once: only the first request asks for the prompt's log-probabilities, which are the same for all.
 
         Raises:
             RequestError: the prompt does not fit the context, or the parameters ask for what cannot be had.
@@ -84,16 +108,21 @@ class InputProcessor:
             raise RequestError("this model has no tokenizer: use stop_token_ids in place of stop", param="stop")
         bad_words = self._bad_words(params.bad_words) if params.bad_words else ()
         self._limits.check_tokens(params, bad_words)
+        self._limits.check_request(params, priority=priority, has_adapter=adapter is not None)
+        others = params  # without a token to generate, they too are only there for that
+        if scored_once and params.prompt_logprobs is not None and params.max_tokens != 0:
+            others = replace(params, prompt_logprobs=None)
         return [
             EngineRequest(
                 request_id=f"{request_id}-{choice}",
                 prompt_ids=prompt_ids,
-                params=params,
+                params=others if choice else params,
                 adapter=adapter,
                 choice=choice,
                 arrival=arrival,
                 bad_words=bad_words,
                 cache_scope=cache_scope,
+                priority=priority,
                 tenant=tenant,
             )
             for choice in range(params.n)

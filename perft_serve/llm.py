@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -73,6 +73,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        priority: int | Sequence[int] = 0,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Completes prompts, all in one batch as far as the engine's settings allow.
@@ -81,6 +82,7 @@ class LLM:
             prompts: one prompt, or a list of them; a prompt is a string or a list of token ids.
             params: for all prompts, or a list with one per prompt.
             adapter: name of the adapter for all prompts (`None`: the base), or a list with one per prompt.
+            priority: of all prompts, or a list with one per prompt; lower starts first (`scheduling_policy="priority"`).
             progress: show a progress bar.
 
         Returns:
@@ -90,12 +92,12 @@ class LLM:
             RequestError: a prompt or its parameters cannot be served; nothing has run then.
         """
         prompt_list = _prompt_list(prompts)
-        return self._run(
-            [(prompt if isinstance(prompt, str) else None, self._inputs.prompt_ids(prompt)) for prompt in prompt_list],
-            params,
-            adapter,
-            progress,
-        )
+        params_list = _params_list(params, len(prompt_list))
+        encoded = [
+            (prompt if isinstance(prompt, str) else None, self._inputs.prompt_ids(prompt, one_params))
+            for prompt, one_params in zip(prompt_list, params_list, strict=True)
+        ]
+        return self._run(encoded, params_list, adapter, priority, progress)
 
     def chat(
         self,
@@ -103,13 +105,14 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        priority: int | Sequence[int] = 0,
         progress: bool = False,
     ) -> list[RequestOutput]:
         """Answers conversations, written in the tokenizer's own chat template.
 
         Args:
             messages: one conversation (a list of `{"role": ..., "content": ...}`), or a list of conversations.
-            params, adapter, progress: as in `generate`.
+            params, adapter, priority, progress: as in `generate`.
 
         Raises:
             RequestError: as in `generate`; or the model has no chat template.
@@ -118,11 +121,12 @@ class LLM:
             raise RequestError("there are no messages", param="messages")
         single = isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", [messages] if single else messages)
+        params_list = _params_list(params, len(conversations))
         encoded: list[tuple[str | None, tuple[int, ...]]] = []
-        for conversation in conversations:
-            ids = self._inputs.chat_ids([dict(message) for message in conversation])
+        for conversation, one_params in zip(conversations, params_list, strict=True):
+            ids = self._inputs.chat_ids([dict(message) for message in conversation], one_params)
             encoded.append((self.tokenizer.decode(ids) if self.tokenizer else None, ids))
-        return self._run(encoded, params, adapter, progress)
+        return self._run(encoded, params_list, adapter, priority, progress)
 
     def load_adapter(self, name: str, source: str, *, pin: bool = False) -> AdapterStatus:
         """Reads an adapter and lets `name` stand for it; what the name stood for before is dropped.
@@ -170,22 +174,22 @@ class LLM:
     def _run(
         self,
         prompts: Sequence[tuple[str | None, tuple[int, ...]]],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        params_list: Sequence[SamplingParams],
         adapter: str | Sequence[str | None] | None,
+        priority: int | Sequence[int],
         progress: bool,
     ) -> list[RequestOutput]:
-        num_prompts = len(prompts)
-        params_list = _one_per_prompt(
-            "params", SamplingParams() if params is None else params, num_prompts, SamplingParams
-        )
-        adapter_list = _one_per_prompt("adapter", adapter, num_prompts, str)
+        adapter_list = _one_per_prompt("adapter", adapter, len(prompts), str)
+        priority_list = _one_per_prompt("priority", priority, len(prompts), int)
         refs = [None if name is None else self._resolve(name) for name in adapter_list]
         for ref in self.catalog.take_dropped():
             self.engine.retire(ref.name, ref.version)
         arrival = time.monotonic()
         jobs = [
-            self._job(text, ids, one_params, ref, arrival)
-            for (text, ids), one_params, ref in zip(prompts, params_list, refs, strict=True)
+            self._job(text, ids, one_params, ref, one_priority, arrival)
+            for (text, ids), one_params, ref, one_priority in zip(
+                prompts, params_list, refs, priority_list, strict=True
+            )
         ]
         self._complete(jobs, progress)
         return [_result(job) for job in jobs]
@@ -197,13 +201,18 @@ class LLM:
             raise RequestError(str(error), param="adapter") from error
 
     def _job(
-        self, text: str | None, ids: tuple[int, ...], params: SamplingParams, ref: AdapterRef | None, arrival: float
+        self,
+        text: str | None,
+        ids: tuple[int, ...],
+        params: SamplingParams,
+        ref: AdapterRef | None,
+        priority: int,
+        arrival: float,
     ) -> _Job:
         request_id = str(next(self._request_numbers))
-        requests = self._inputs.engine_requests(request_id, ids, params, adapter=ref, arrival=arrival)
-        if params.max_tokens != 0:  # the prompt's log-probabilities are the same for every completion of it
-            others = replace(params, prompt_logprobs=None)
-            requests[1:] = [replace(request, params=others) for request in requests[1:]]
+        requests = self._inputs.engine_requests(
+            request_id, ids, params, adapter=ref, arrival=arrival, priority=priority
+        )
         completions = [CompletionCollector(index, self.tokenizer, ids, params) for index in range(params.n)]
         return _Job(prompt=text, adapter=None if ref is None else ref.name, requests=requests, completions=completions)
 
@@ -272,6 +281,11 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
                 f"a prompt must be a string or a list of token ids, got {item!r} at position {position}", param="prompt"
             )
     return list(cast("Sequence[Prompt]", prompts))
+
+
+def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int) -> list[SamplingParams]:
+    """The sampling parameters of every prompt."""
+    return _one_per_prompt("params", SamplingParams() if params is None else params, num_prompts, SamplingParams)
 
 
 def _one_per_prompt(name: str, value: Any, num_prompts: int, kind: type) -> list[Any]:

@@ -9,9 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from perft_serve.engine.events import FinishReason, TokenEvent, TokenLogprobs
+from perft_serve.engine.events import FinishReason, Routing, TokenEvent, TokenLogprobs
 from perft_serve.engine.params import SamplingParams
 from perft_serve.text import Detokenizer, StopStrings, TextTokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRouting:
+    """Which adapter experts the tokens of a sequence took, and with what weights.
+
+    Token number `start + t` of the sequence, prompt and completion counted as one, took in layer `layers[l]` the adapter
+    experts `ids[t][l]` (-1: none) with `weights[t][l]`. The last token is not computed, so it took none.
+    """
+
+    start: int
+    layers: list[int]
+    ids: list[list[list[int]]]
+    weights: list[list[list[float]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +40,7 @@ class CompletionOutput:
         cumulative_logprob: sum over the tokens; if asked for.
         finish_reason: `stop`, `length`, `abort`, or `error` (`error` says why).
         stop_reason: the stop string or the stop token's id; `None` after an end-of-sequence token.
+        routing: which adapter experts the tokens took, if asked for; the prompt's are in the first completion only.
     """
 
     index: int
@@ -36,6 +51,7 @@ class CompletionOutput:
     finish_reason: FinishReason
     stop_reason: int | str | None
     error: str | None = None
+    routing: TokenRouting | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +88,8 @@ class Delta:
         prompt_logprobs: on the first delta, if asked for.
         finish_reason: set on the last delta.
         num_cached_tokens: how many of the prompt's tokens were found in the prefix cache; on the first delta.
+        adapter_digest: identity of what the adapter computes; on the first delta.
+        routing: which adapter experts some tokens took, if asked for.
     """
 
     text: str
@@ -83,6 +101,8 @@ class Delta:
     stop_reason: int | str | None
     error: str | None
     num_cached_tokens: int | None = None
+    adapter_digest: str | None = None
+    routing: Routing | None = None
 
 
 class CompletionStream:
@@ -137,6 +157,8 @@ class CompletionStream:
             stop_reason=stop_reason,
             error=event.error,
             num_cached_tokens=event.num_cached_tokens,
+            adapter_digest=event.adapter_digest,
+            routing=event.routing,
         )
 
     def _decode(self, event: TokenEvent) -> str:
@@ -164,6 +186,7 @@ class CompletionCollector:
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._routing: list[Routing] = []
         self._last: Delta | None = None
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
         self.num_cached_tokens = 0
@@ -186,6 +209,8 @@ class CompletionCollector:
             self._token_ids.append(delta.token_id)
         if delta.logprobs is not None:
             self._logprobs.append(delta.logprobs)
+        if delta.routing is not None:
+            self._routing.append(delta.routing)
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = delta.prompt_logprobs
         if delta.num_cached_tokens is not None:
@@ -206,7 +231,23 @@ class CompletionCollector:
             finish_reason=self._last.finish_reason,
             stop_reason=self._last.stop_reason,
             error=self._last.error,
+            routing=token_routing(self._routing),
         )
+
+
+def token_routing(parts: Sequence[Routing]) -> TokenRouting | None:
+    """What the engine told piece by piece; `None` if it told nothing."""
+    if not parts:
+        return None
+    num_layers, width = len(parts[0].layers), parts[0].width
+    ids, weights = (b"".join(getattr(part, name) for part in parts) for name in ("ids", "weights"))
+    shape = (len(ids) // (4 * num_layers * width), num_layers, width)
+    return TokenRouting(
+        start=parts[0].start,
+        layers=list(parts[0].layers),
+        ids=memoryview(ids).cast("i", shape).tolist(),  # type: ignore[arg-type]  # a tuple is as good as a list
+        weights=memoryview(weights).cast("f", shape).tolist(),  # type: ignore[arg-type]
+    )
 
 
 def logprob_dict(entry: TokenLogprobs) -> dict[int, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
@@ -74,16 +74,36 @@ class TextTokenizer:
         """Whether chat messages can be rendered."""
         return bool(self._chat.chat_template)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        at_most: int | None = None,
+        side: Literal["left", "right"] = "left",
+    ) -> list[int]:
         """Token ids of `text`.
 
+        Args:
+            at_most: of more tokens, special ones included, this many are kept: those of the text lose their `side`.
+
         Raises:
-            RequestError: `text` cannot be written as UTF-8 (it has a lone surrogate).
+            RequestError: `text` cannot be written as UTF-8 (it has a lone surrogate), or special tokens leave no room for it.
         """
         check_unicode(text, param="prompt")
         # A batch of one: unlike `encode` it lets go of Python's lock, without which the whole server would stand still, and
         # unlike `encode_batch` it keeps no offsets, which take half of the time.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens and at_most is None)
+        if at_most is not None:
+            num_special = self._backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+            if at_most <= num_special:
+                raise RequestError(
+                    f"the prompt would be cut to {at_most} tokens, but the tokenizer adds {num_special} to any text: "
+                    "use a larger truncate_prompt_tokens",
+                    param="truncate_prompt_tokens",
+                )
+            encoding.truncate(at_most - num_special, direction=side)
+            encoding = self._backend.post_process(encoding, add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 

@@ -32,6 +32,7 @@ class CountingEngine:
     """What `EngineLoop` needs of an engine."""
 
     limits = Limits(max_model_len=10_000, vocab_size=10_000)
+    base_digest = "counting"
 
     def __init__(self, config: EngineConfig, wake: Callable[[], None], knobs: Knobs) -> None:
         knobs.fail_start()

@@ -93,6 +93,9 @@ class RoundRobin:
     def first(self) -> Sequence | None:
         return min(self.waiting, key=lambda seq: self.served.get(seq.request.tenant, 0), default=None)
 
+    def started(self, seq: Sequence) -> None:
+        pass
+
     def charge(self, seq: Sequence, num_tokens: int) -> None:
         self.served[seq.request.tenant] = self.served.get(seq.request.tenant, 0) + num_tokens
 
@@ -132,6 +135,7 @@ class World:
         version: int = 1,
         scope: str = "",
         tenant: str = "",
+        priority: int = 0,
         **params: Any,
     ) -> Sequence:
         """A request with the prompt 0, 1, 2, ... of this length, or with these tokens."""
@@ -142,6 +146,7 @@ class World:
             adapter=None if adapter is None else AdapterRef(name=adapter, source="somewhere", version=version),
             cache_scope=scope,
             tenant=tenant,
+            priority=priority,
         )
         seq = Sequence(request=request, seed=0, max_tokens=max_tokens)
         self.scheduler.add(seq)

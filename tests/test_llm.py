@@ -262,3 +262,32 @@ def test_a_base_without_tokenizer_serves_token_ids(tiny_base_without_tokenizer: 
         llm.generate([5], replace(GREEDY, stop=("x",)))
     with pytest.raises(RequestError, match="no tokenizer"):
         llm.chat([{"role": "user", "content": "hi"}], GREEDY)
+
+
+def test_what_the_sampler_is_asked_for(llm: LLM) -> None:
+    """The offline class passes it on; what comes of it, tests/engine/test_logits.py and tests/server/test_sampling.py say."""
+    (free,) = llm.generate("hello world", GREEDY)
+    assert llm.tokenizer is not None
+    first = free.outputs[0].token_ids[0]
+    (biased,) = llm.generate("hello world", replace(GREEDY, logit_bias={first: -100.0}, repetition_penalty=1.2))
+    assert first not in biased.outputs[0].token_ids
+    word = free.outputs[0].text[:4]
+    (other,) = llm.generate("hello world", replace(GREEDY, bad_words=(word,)))
+    assert not other.outputs[0].text.startswith(word)
+    (cut,) = llm.generate("hello world", replace(GREEDY, truncate_prompt_tokens=2))
+    assert cut.prompt_token_ids == free.prompt_token_ids[-2:]
+    with pytest.raises(RequestError, match="start it with --scheduling-policy priority"):
+        llm.generate("hello world", GREEDY, priority=3)
+
+
+def test_routing_of_the_first_completion_has_the_prompts(llm: LLM) -> None:
+    (result,) = llm.generate("hello world", replace(GREEDY, n=2, return_routing=True), adapter="routed")
+    num_prompt = len(result.prompt_token_ids)
+    for output, start in zip(result.outputs, (0, num_prompt), strict=True):
+        assert output.routing is not None
+        assert output.routing.start == start
+        assert len(output.routing.ids) == num_prompt + len(output.token_ids) - 1 - start
+    (silent,) = llm.generate("hello world", GREEDY, adapter="routed")
+    assert silent.outputs[0].routing is None
+    with pytest.raises(RequestError, match="the base has no adapter experts"):
+        llm.generate("hello world", replace(GREEDY, return_routing=True))

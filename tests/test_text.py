@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from perft_serve.engine.params import RequestError
@@ -113,6 +117,27 @@ def test_the_pieces_add_up_to_the_whole(tokenizer: TextTokenizer, data: st.DataO
 def test_any_text_survives_encoding_and_decoding_by_pieces(tokenizer: TextTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert "".join(pieces_of(Detokenizer(tokenizer, skip_special_tokens=False), ids)) == text
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_text_that_is_cut_keeps_the_special_tokens_around_it(
+    tokenizer: TextTokenizer, side: Literal["left", "right"]
+) -> None:
+    backend = deepcopy(tokenizer._backend)
+    (start, end) = sorted(tokenizer.special_ids)[:2]
+    names = [backend.id_to_token(token_id) for token_id in (start, end)]
+    backend.post_processor = TemplateProcessing(
+        single=f"{names[0]} $A {names[1]}", special_tokens=[(names[0], start), (names[1], end)]
+    )
+    other = TextTokenizer(SimpleNamespace(backend_tokenizer=backend))
+    ids = tokenizer.encode("the quick brown fox")
+    assert other.encode("the quick brown fox") == [start, *ids, end]
+    kept = ids[-3:] if side == "left" else ids[:3]
+    assert other.encode("the quick brown fox", at_most=5, side=side) == [start, *kept, end]
+    assert other.encode("the quick brown fox", at_most=3, side=side, add_special_tokens=False) == kept
+    assert other.encode("the quick brown fox", at_most=99, side=side) == [start, *ids, end]
+    with pytest.raises(RequestError, match="adds 2 to any text"):
+        other.encode("the quick brown fox", at_most=2, side=side)
 
 
 def push_all(stops: StopStrings, pieces: list[str]) -> list[str]:

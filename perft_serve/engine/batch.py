@@ -24,6 +24,7 @@ class Batch:
         num_queries, context_len: of each sequence, on the host.
         short_T: sequence of each token, -1 in long prefill chunks (`perft_kernels.paged_attention`).
         logit_rows: which tokens' logits are needed, ascending.
+        routed_rows: of which tokens it is to be kept what adapter experts they take, ascending.
     """
 
     tokens_T: Tensor
@@ -36,6 +37,7 @@ class Batch:
     num_queries: tuple[int, ...]
     context_len: tuple[int, ...]
     logit_rows: tuple[int, ...]
+    routed_rows: tuple[int, ...] = ()
 
 
 def build_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
@@ -45,6 +47,7 @@ def build_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
     slots: list[int] = []
     adapters: list[int] = []
     logit_rows: list[int] = []
+    routed_rows: list[int] = []
     num_pages = max(len(chunk.seq.pages) for chunk in plan.chunks)
     for chunk in plan.chunks:
         seq, first_row = chunk.seq, len(tokens)
@@ -59,6 +62,8 @@ def build_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
             logit_rows += range(first_row, len(tokens))
         elif chunk.samples:
             logit_rows.append(len(tokens) - 1)
+        if seq.next_routed is not None:
+            routed_rows += range(first_row + max(0, seq.next_routed - chunk.start), len(tokens))
 
     def ints(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -76,4 +81,5 @@ def build_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
         num_queries=num_queries,
         context_len=tuple(chunk.end for chunk in plan.chunks),
         logit_rows=tuple(logit_rows),
+        routed_rows=tuple(routed_rows),
     )

@@ -67,6 +67,14 @@ class EngineConfig:
         },
     )
 
+    scheduling_policy: str = field(
+        default="fcfs",
+        metadata={
+            "help": "fcfs (first come, first served) or priority: requests may have a priority, and lower ones start first.",
+            "choices": ("fcfs", "priority"),
+        },
+    )
+
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "kv_memory", "adapter_memory", "page_size"):
             if getattr(self, name) < 1:
@@ -76,6 +84,8 @@ class EngineConfig:
         for name in ("prefix_caching", "decode_programs"):
             if getattr(self, name) not in ("on", "off"):
                 raise ValueError(f"{name} must be 'on' or 'off', got {getattr(self, name)!r}")
+        if self.scheduling_policy not in ("fcfs", "priority"):
+            raise ValueError(f"scheduling_policy must be 'fcfs' or 'priority', got {self.scheduling_policy!r}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len must be at least 2, got {self.max_model_len}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -69,7 +69,8 @@ class DecodePrograms:
         """Logits `[B, V]` in float32, good until the next call; `None` if there is no program for such a batch."""
         num_seqs = len(batch.num_queries)
         is_decode = len(batch.tokens_T) == num_seqs and batch.logit_rows == tuple(range(num_seqs))
-        if not is_decode or self._refused or self._kernels is None:
+        # what a program computes on its way nobody sees
+        if not is_decode or batch.routed_rows or self._refused or self._kernels is None:
             return None
         if self._arena.rule_A6 is not self._tables[0] or self._arena.rank_LE is not self._tables[1]:
             self._programs.clear()

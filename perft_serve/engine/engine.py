@@ -21,6 +21,7 @@ from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
 from perft_serve.engine.limits import Limits
 from perft_serve.engine.pages import PagePool
 from perft_serve.engine.params import RequestError
+from perft_serve.engine.policy import FirstComeFirstServed, LowestPriorityFirst
 from perft_serve.engine.runner import Runner
 from perft_serve.engine.scheduler import Scheduler
 from perft_serve.engine.sequence import Sequence
@@ -67,6 +68,7 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
             base_digest=self.base_digest,
             prefix_caching=config.prefix_caching == "on",
+            order=LowestPriorityFirst() if config.scheduling_policy == "priority" else FirstComeFirstServed(),
         )
         self._num_steps = 0
         try:
@@ -91,6 +93,7 @@ class Engine:
         self.limits.check_prompt(request.prompt_ids)
         self.limits.check_length(request.prompt_ids, params)
         self.limits.check_tokens(params, request.bad_words)
+        self.limits.check_request(params, priority=request.priority, has_adapter=ref is not None)
         self._scheduler.add(
             Sequence(
                 request=request,
@@ -216,6 +219,7 @@ class Engine:
             max_model_len=in_cache if asked is None else min(in_cache, asked),
             vocab_size=self._runner.vocab_size,
             num_pages=self._pool.num_pages if asked is None or in_cache < asked else None,
+            priorities=config.scheduling_policy == "priority",
         )
 
 

@@ -26,6 +26,7 @@ class EngineRequest:
         arrival: `time.monotonic()` when the request came in.
         bad_words: `params.bad_words` as token ids: sequences that must not be generated.
         cache_scope: requests of different scopes never share a page of the prefix cache.
+        priority: where the scheduling policy minds it, lower goes first.
         tenant: whose request it is, for a scheduling policy that is fair between tenants.
     """
 
@@ -37,16 +38,40 @@ class EngineRequest:
     arrival: float = 0.0
     bad_words: tuple[tuple[int, ...], ...] = ()
     cache_scope: str = ""
+    priority: int = 0
     tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: of the token that is there, and of the likeliest ones, likeliest first."""
+    """Log-probabilities at one position: of the token that is there, and of the likeliest ones, likeliest first.
+
+    `rank` is one more than how many tokens are likelier than the one that is there.
+    """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """Which adapter experts some tokens that follow one another took, in the layers that their adapter is in.
+
+    Args:
+        start: position of the first of the tokens in its sequence.
+        layers: numbers of the layers, L of them.
+        width: adapter experts that a token takes at the most, k.
+        ids: adapter experts `[T, L, k]`, counted from 0 in each layer, as int32 in the machine's byte order; -1: none.
+        weights: what their outputs were multiplied with, `[T, L, k]`, as float32.
+    """
+
+    start: int
+    layers: tuple[int, ...]
+    width: int
+    ids: bytes
+    weights: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +97,8 @@ class TokenEvent:
             was in flight; the request's, which left no token to choose; or else the engine's.
         timing: on the first event, unless the request ended before it was ever scheduled.
         num_cached_tokens: how many tokens of the prompt were found in the prefix cache; on the first event.
+        adapter_digest: identity of what the adapter computes, which the request ran on; on the first event.
+        routing: of the tokens that were computed since the last event, if asked for; the last token never is.
     """
 
     request_id: str
@@ -84,6 +111,8 @@ class TokenEvent:
     error_kind: ErrorKind | None = None
     timing: Timing | None = None
     num_cached_tokens: int | None = None
+    adapter_digest: str | None = None
+    routing: Routing | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

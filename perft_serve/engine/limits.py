@@ -19,11 +19,13 @@ class Limits:
         max_model_len: the longest prompt plus completion, in tokens.
         vocab_size: token ids are below this.
         num_pages: pages of the KV cache, where it is they and not the model that make it no longer.
+        priorities: whether requests may have a priority.
     """
 
     max_model_len: int
     vocab_size: int
     num_pages: int | None = None
+    priorities: bool = False
 
     def room(self, prompt_ids: Sequence[int]) -> int:
         """How many tokens the context has left after the prompt; negative if the prompt alone is too long."""
@@ -66,6 +68,39 @@ class Limits:
                     f"to {self.vocab_size - 1}",
                     param="prompt",
                 )
+
+    def longest_prompt(self, params: SamplingParams) -> int | None:
+        """To how many tokens a prompt is to be cut; `None`: it is not to be.
+
+        Raises:
+            RequestError: no prompt of that length fits.
+        """
+        asked = params.truncate_prompt_tokens
+        if asked == -1:
+            # a `max_tokens` that leaves no room is refused later, with the numbers
+            return max(1, self.max_model_len - (1 if params.max_tokens is None else params.max_tokens))
+        if asked is not None and asked > self.max_model_len:
+            raise RequestError(
+                f"truncate_prompt_tokens is {asked}, but the context is {self.max_model_len} tokens{self._why}",
+                param="truncate_prompt_tokens",
+            )
+        return asked
+
+    def check_request(self, params: SamplingParams, *, priority: int, has_adapter: bool) -> None:
+        """Refuse what this engine does not do, or not for the base.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        if priority and not self.priorities:
+            raise RequestError(
+                "priority is not supported by this server: start it with --scheduling-policy priority, or leave it out",
+                param="priority",
+            )
+        if params.return_routing and not has_adapter:
+            raise RequestError(
+                "return_routing is for adapters: the base has no adapter experts; leave it out", param="return_routing"
+            )
 
     def check_tokens(self, params: SamplingParams, bad_words: Sequence[Sequence[int]] = ()) -> None:
         """Refuse a request that names tokens which there are not.

@@ -70,6 +70,8 @@ class SteppedEngine(Protocol):
 
     @property
     def limits(self) -> Limits: ...
+    @property
+    def base_digest(self) -> str: ...
     def foresee(self, request: EngineRequest) -> None: ...
     def submit(self, request: EngineRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
@@ -187,7 +189,14 @@ class EngineLoop:
         Raises:
             Exception: whatever the engine's step has raised; `MessageError`: a command makes no sense.
         """
-        self._send(Started(limits=self._engine.limits, stats=self._stats, adapters=self._engine.adapter_updates()))
+        self._send(
+            Started(
+                limits=self._engine.limits,
+                base_digest=self._engine.base_digest,
+                stats=self._stats,
+                adapters=self._engine.adapter_updates(),
+            )
+        )
         while self._listen():
             if self._has_credit:
                 with self._pulse:

@@ -76,6 +76,7 @@ class Started(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The engine is built and takes requests."""
 
     limits: Limits
+    base_digest: str
     stats: EngineStats
     adapters: list[AdapterStatus]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from perft.errors import PerftError
 
@@ -52,6 +53,10 @@ class SamplingParams:
             0 reports the chosen one only, `None` nothing. Log-probabilities are of the model's own
             distribution, before bias, penalties, temperature and filters.
         prompt_logprobs: the same for each position of the prompt (the first has none).
+        truncate_prompt_tokens: of a longer prompt, use so many tokens; -1: as many as leave room for the completion. Special
+            tokens that the tokenizer puts around a text are kept, and count.
+        truncation_side: `left` drops the beginning of such a prompt, `right` its end.
+        return_routing: tell which adapter experts each token took in each layer, and with what weights.
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:
@@ -79,6 +84,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] = "left"
+    return_routing: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -102,7 +110,7 @@ class SamplingParams:
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
         self._check_tokens()
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "return_routing"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be true or false, got {getattr(self, name)!r}", param=name)
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -147,6 +155,16 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, which is more than max_tokens, {self.max_tokens}", param="min_tokens"
+            )
+        _check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, 1 << 31, optional=True)
+        if self.truncate_prompt_tokens == 0:
+            raise RequestError(
+                "truncate_prompt_tokens is 0, which leaves no prompt: use -1 or a number above 0",
+                param="truncate_prompt_tokens",
+            )
+        if self.truncation_side not in ("left", "right"):
+            raise RequestError(
+                f"truncation_side must be 'left' or 'right', got {self.truncation_side!r}", param="truncation_side"
             )
         _check_int("top_k", self.top_k, -1, 1 << 31)
         if self.top_k == -1:  # vLLM's other spelling of "all"

@@ -6,6 +6,10 @@ waiting, those whose adapters are resident, or who need none, go first, but nobo
 times: then it asks for room before anybody else starts, and until it has its adapter nobody starts who came later and needs
 one. Those on the base go on, for they take no room.
 
+Where requests may have priorities (`LowestPriorityFirst`), a lower one starts first among those that could start; who has
+started is not put aside for others. The order among those that wait for the same adapter, or for room in the arena, stays that
+of arrival. One start in `PATIENCE` is that of whoever has waited longest, so that no flow of urgent requests keeps others out.
+
 A `WaitingOrder` is where a fair order between tenants goes: it is told who waits (`EngineRequest.tenant` says whose it is),
 is asked who is next, and learns how many tokens each step computes for whom.
 """
@@ -26,6 +30,10 @@ from perft_serve.engine.sequence import Sequence
 MAX_PASSED_OVER = 64
 
 
+# Of so many starts at least one goes to the request that has waited longest, whatever its priority.
+PATIENCE = 16
+
+
 class WaitingOrder(Protocol):
     """The requests that could start at once if there were pages, in the order in which they shall."""
 
@@ -37,6 +45,9 @@ class WaitingOrder(Protocol):
 
     def first(self) -> Sequence | None:
         """Who is next, without removing it; `None`: nobody waits."""
+
+    def started(self, seq: Sequence) -> None:
+        """`seq` starts, wherever it waited last."""
 
     def charge(self, seq: Sequence, num_tokens: int) -> None:
         """The present step computes `num_tokens` tokens of `seq`."""
@@ -67,8 +78,44 @@ class FirstComeFirstServed:
             heapq.heappop(self._numbers)
         return self._waiting[self._numbers[0]] if self._numbers else None
 
+    def started(self, seq: Sequence) -> None:
+        """Counts for nothing here."""
+
     def charge(self, seq: Sequence, num_tokens: int) -> None:
         """Counts for nothing here."""
+
+
+class LowestPriorityFirst(FirstComeFirstServed):
+    """The lowest priority, of equal ones the first to come; after `PATIENCE` - 1 starts of later arrivals, the first of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_priority: list[tuple[int, int]] = []  # a heap, as `_numbers`
+        self._num_overtaken = 0
+
+    def add(self, seq: Sequence) -> None:
+        """`seq` waits."""
+        super().add(seq)
+        if len(self._by_priority) > 2 * len(self._waiting) + 64:  # those that are gone may never come to its top
+            self._by_priority = [(each.request.priority, number) for number, each in self._waiting.items()]
+            heapq.heapify(self._by_priority)
+        else:
+            heapq.heappush(self._by_priority, (seq.request.priority, seq.number))
+
+    def first(self) -> Sequence | None:
+        """Who is next."""
+        oldest = super().first()
+        if oldest is None or self._num_overtaken >= PATIENCE - 1:
+            return oldest
+        while self._by_priority[0][1] not in self._waiting:
+            heapq.heappop(self._by_priority)
+        return self._waiting[self._by_priority[0][1]]
+
+    def started(self, seq: Sequence) -> None:
+        """Counts how often whoever has waited longest was overtaken since it was somebody's turn for that."""
+        oldest = super().first()
+        is_overtaken = oldest is not None and oldest.number < seq.number
+        self._num_overtaken = self._num_overtaken + 1 if is_overtaken else 0
 
 
 class LineForRoom:

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from perft.base import load_base
 from perft.errors import BaseModelError
 from perft.moe import find_moe_blocks
+from perft_kernels.adapter_router import RULE_FIRST_EXPERT
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch, build_batch
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_programs import DecodePrograms
 from perft_serve.engine.digest import base_digest
-from perft_serve.engine.events import TokenLogprobs
+from perft_serve.engine.events import Routing, TokenLogprobs
 from perft_serve.engine.logits import LogitEditor
 from perft_serve.engine.packing import pack
 from perft_serve.engine.sampler import EditedRows, Fault, sample, token_logprobs, uniform
@@ -100,7 +101,8 @@ class Runner:
         if logits_NV is None:
             # a chunk in the middle of a prompt needs no logits, but the model computes at least one row
             logits_NV = self._forward(batch, torch.tensor(batch.logit_rows or (0,), device=self.device))
-        return self._results(plan, logits_NV)
+        results = self._results(plan, logits_NV)
+        return self._with_routing(plan, results) if batch.routed_rows else results
 
     def _forward(self, batch: Batch, rows: Tensor) -> Tensor:
         """float32 logits of the batch's tokens `rows`, `[N, V]`."""
@@ -172,6 +174,37 @@ class Runner:
         logits_RV = logits_BV[rows]  # a copy
         self._editor.edit(logits_RV, [seqs[i] for i in rows])
         return EditedRows(tuple(rows), logits_RV)
+
+    def _with_routing(self, plan: Plan, results: list[ChunkResult]) -> list[ChunkResult]:
+        """`results` with what adapter experts the tokens `Batch.routed_rows` took, each chunk's with its own."""
+        ids_RLX, weights_RLX = (
+            torch.stack([self._seam.routed[l][which] for l in range(len(self.arena.blocks))], dim=1).cpu()
+            for which in (0, 1)
+        )
+        self._seam.routed = {}
+        first_row = 0
+        told = list(results)
+        for i, chunk in enumerate(plan.chunks):
+            seq = chunk.seq
+            if seq.next_routed is None or seq.next_routed >= chunk.end:
+                continue
+            start = max(chunk.start, seq.next_routed)
+            rows = slice(first_row, first_row + chunk.end - start)
+            first_row = rows.stop
+            first_expert = int(self.arena.rule_A6[seq.adapter_slot, RULE_FIRST_EXPERT])
+            ordinals = (self.arena.rank_LE[:, first_expert] > 0).nonzero().flatten().tolist()  # layers that are adapted
+            ids_TLk = ids_RLX[rows][:, ordinals, : seq.width]
+            told[i] = replace(
+                results[i],
+                routing=Routing(
+                    start=start,
+                    layers=tuple(self.arena.blocks[l].layer for l in ordinals),
+                    width=seq.width,
+                    ids=torch.where(ids_TLk >= 0, ids_TLk - first_expert, -1).to(torch.int32).numpy().tobytes(),
+                    weights=weights_RLX[rows][:, ordinals, : seq.width].contiguous().numpy().tobytes(),
+                ),
+            )
+        return told
 
     @staticmethod
     def _score(chunk: Chunk, logits_nV: Tensor) -> tuple[Any, ...]:

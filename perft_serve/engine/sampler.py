@@ -124,10 +124,13 @@ def token_logprobs(logits_NV: Tensor, token_ids: Sequence[int], num_top: Sequenc
         num_top: how many of the likeliest tokens to report besides.
     """
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
-    chosen = logprobs_NV.gather(1, torch.tensor(token_ids, device=logits_NV.device).unsqueeze(1)).squeeze(1).tolist()
+    chosen_N1 = logprobs_NV.gather(1, torch.tensor(token_ids, device=logits_NV.device).unsqueeze(1))
+    chosen, ranks = chosen_N1.squeeze(1).tolist(), (1 + (logprobs_NV > chosen_N1).sum(1)).tolist()
     most = min(max(num_top), logits_NV.shape[1])
     top_values, top_ids = (t.tolist() for t in logprobs_NV.topk(most, dim=-1))
     return [
-        TokenLogprobs(token, logprob, tuple(zip(ids[:n], values[:n], strict=True)))
-        for token, logprob, ids, values, n in zip(token_ids, chosen, top_ids, top_values, num_top, strict=True)
+        TokenLogprobs(token, logprob, tuple(zip(ids[:n], values[:n], strict=True)), rank)
+        for token, logprob, rank, ids, values, n in zip(
+            token_ids, chosen, ranks, top_ids, top_values, num_top, strict=True
+        )
     ]

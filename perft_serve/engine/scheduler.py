@@ -22,7 +22,7 @@ from typing import Protocol, TypeAlias
 from perft.errors import AdapterError
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.status import Hold, Lease
-from perft_serve.engine.events import ErrorKind, FinishReason, Timing, TokenEvent, TokenLogprobs
+from perft_serve.engine.events import ErrorKind, FinishReason, Routing, Timing, TokenEvent, TokenLogprobs
 from perft_serve.engine.pages import PagePool, page_hash, root_hash
 from perft_serve.engine.policy import (
     MAX_PASSED_OVER,
@@ -99,12 +99,14 @@ class ChunkResult:
         token_id: the new token, if the chunk samples.
         logprobs: of the new token, if asked for.
         prompt_logprobs: of the prompt tokens that follow the chunk's tokens, if asked for.
+        routing: of the chunk's tokens that it is still wanted of, if asked for.
         error: why there is no token although there should be; `error_kind`: whose fault that is.
     """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    routing: Routing | None = None
     error: str | None = None
     error_kind: ErrorKind = "engine"
 
@@ -289,6 +291,8 @@ class Scheduler:
             seq.num_computed = chunk.end
             if seq.prompt_logprobs is not None:
                 seq.prompt_logprobs.extend(result.prompt_logprobs)
+            if result.routing is not None:
+                seq.take_routing(result.routing, chunk.end)
             if result.error is not None:
                 events.append(self._finish(seq, result, "error"))
             elif result.token_id is not None:
@@ -365,7 +369,7 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, draft: _Draft) -> bool:
         """Give a sequence pages for all its tokens, those with its beginning if there are any; false if there are too few."""
-        looks_up = self._prefix_caching and seq.num_prompt_logprobs_wanted is None
+        looks_up = self._prefix_caching and not seq.must_compute_prompt
         # one token at least is computed: its logits are wanted
         found = self._pool.find(self._hashes(seq, len(seq.token_ids) - 1)) if looks_up else []
         own = self._pool.take(self._pool.pages_for(len(seq.token_ids)) - len(found), found)
@@ -435,7 +439,7 @@ class Scheduler:
         ref = seq.request.adapter
         if ref is None:
             seq.root = root_hash(scope=seq.request.cache_scope, base_digest=self._base_digest, adapter_digest="")
-            self._line.pass_over(seq.number)
+            self._start(seq)
             return True
         if gate is not None and seq.number > gate:
             self._held_back.add(seq)
@@ -487,8 +491,13 @@ class Scheduler:
             seq.root = root_hash(
                 scope=seq.request.cache_scope, base_digest=self._base_digest, adapter_digest=answer.digest
             )
-            self._line.pass_over(seq.number)
+            self._start(seq)
         return answer
+
+    def _start(self, seq: Sequence) -> None:
+        """`seq` has all that it needs but pages."""
+        self._line.pass_over(seq.number)
+        self._order.started(seq)
 
     def _parked_with(self, head: Sequence) -> _Parked:
         """Where `head` is the head."""
@@ -623,6 +632,8 @@ class Scheduler:
             error_kind=None if result.error is None else result.error_kind,
             timing=timing,
             num_cached_tokens=seq.num_cached_tokens if first else None,
+            adapter_digest=seq.lease.digest if first and seq.lease is not None else None,
+            routing=seq.give_routing(),
         )
 
 

@@ -80,6 +80,8 @@ class KvCache:
 class Seam:
     """What the wrapped modules of one model read during a forward pass; the runner sets `batch` before each.
 
+    Of the tokens `batch.routed_rows`, `routed` holds what each MoE block's router of adapters has chosen in the last pass.
+
     Without a KV cache it only notes what the model does: the shapes of keys and values of each layer (`kv_shapes`) and how
     many base experts a token takes (`base_top_k`).
     """
@@ -90,6 +92,7 @@ class Seam:
         self.arena: AdapterArena | None = None
         self.kv_shapes: dict[int, tuple[int, int, int]] = {}
         self.base_top_k = 0
+        self.routed: dict[int, tuple[Tensor, Tensor]] = {}  # ids and weights `[R, X]`, by the block's ordinal
 
     def attend(
         self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, scale: float, window: int | None, sinks: Any
@@ -133,6 +136,9 @@ class Seam:
             arena.gate_row_LA[ordinal],
             batch.width,
         )
+        if batch.routed_rows:
+            rows = torch.tensor(batch.routed_rows, device=ids_TX.device)
+            self.routed[ordinal] = (ids_TX[rows], weights_TX[rows])
         out_TD = routed_units(
             y.view(-1, y.shape[-1]),
             h_TD,

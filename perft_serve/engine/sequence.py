@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from perft_serve.adapters.status import Lease
-from perft_serve.engine.events import EngineRequest, TokenLogprobs
+from perft_serve.engine.events import EngineRequest, Routing, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +30,8 @@ class Sequence:
         passed_over: how many later arrivals have started while it waited for room in the arena; settled when it does so no
             longer, and counted up to `policy.MAX_PASSED_OVER`.
         edits_logits: whether its logits are changed before a token is chosen.
+        next_routed: position of the next token whose adapter experts are to be told, or `None`: nobody asks. Of the prompt's
+            tokens, which are the same in all completions, the first one tells.
         edits: what the sampler keeps for that, from its first token to its last, preempted or not.
     """
 
@@ -51,10 +53,14 @@ class Sequence:
     passed_over: int = 0
     edits_logits: bool = False
     edits: object = None
+    next_routed: int | None = None
+    _routing: list[Routing] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.edits_logits = self.request.params.edits_logits or bool(self.request.bad_words)
         self.token_ids = list(self.request.prompt_ids)
+        if self.request.params.return_routing:
+            self.next_routed = 0 if self.request.choice == 0 else self.num_prompt
         if self.request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None]
 
@@ -79,6 +85,27 @@ class Sequence:
         if self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt:
             return None
         return self.request.params.prompt_logprobs
+
+    @property
+    def must_compute_prompt(self) -> bool:
+        """Whether something is wanted of its prompt that the prefix cache does not know."""
+        return self.num_prompt_logprobs_wanted is not None or (
+            self.next_routed is not None and self.next_routed < self.num_prompt
+        )
+
+    def take_routing(self, routing: Routing, end: int) -> None:
+        """Keep what the tokens up to position `end` took until the next event."""
+        self._routing.append(routing)
+        self.next_routed = end
+
+    def give_routing(self) -> Routing | None:
+        """What has been kept."""
+        if not self._routing:
+            return None
+        parts, self._routing = self._routing, []
+        return replace(
+            parts[0], ids=b"".join(part.ids for part in parts), weights=b"".join(part.weights for part in parts)
+        )
 
     def hold(self, lease: Lease) -> None:
         """It has its adapter, until it is over."""

@@ -23,7 +23,7 @@ from perft_serve.server.protocol import (
     ChatRequest,
     Usage,
 )
-from perft_serve.server.service import Generation, Prompt, ReplyFormat, Service, StreamMode
+from perft_serve.server.service import Fingerprint, Generation, Prompt, ReplyFormat, Service, StreamMode, routing_of
 
 
 class ChatEndpoint:
@@ -39,18 +39,20 @@ class ChatEndpoint:
         raw = await service.read_json(request)
         body = await service.parse(ChatRequest, raw)
         adapter = service.models.resolve(body.model)
+        params = body.params()
         ids = await service.encode(
-            raw, lambda: service.inputs.chat_ids([message.as_dict() for message in body.messages])
+            raw, lambda: service.inputs.chat_ids([message.as_dict() for message in body.messages], params)
         )
         request_id: str = request.state.request_id
         tenant: str = request.state.tenant
         requests = service.inputs.engine_requests(
             request_id,
             ids,
-            body.params(),
+            params,
             adapter=adapter,
             arrival=arrival,
             cache_scope=body.cache_scope(tenant),
+            priority=body.priority or 0,
             tenant=tenant,
         )
         options = body.stream_options
@@ -75,14 +77,16 @@ class ChatFormat(ReplyFormat):
         self._body = body
         self._prompt = prompt
         self._logprobs = LogprobFormat(service.tokenizer, as_token_ids=bool(body.return_tokens_as_token_ids))
+        self._fingerprint = Fingerprint(service.client.base_digest)
         self._started: set[int] = set()
 
     def chunk(self, index: int, delta: Delta, usage: Usage | None) -> str | None:
+        self._fingerprint.see([delta])
         is_first = index not in self._started
         self._started.add(index)
         logprobs = self._logprobs_of([delta])
         shows_ids = bool(self._body.return_token_ids) and delta.token_id is not None
-        if not (is_first or delta.text or delta.finish_reason or logprobs or shows_ids):
+        if not (is_first or delta.text or delta.finish_reason or logprobs or shows_ids or delta.routing):
             return None
         message = ChatMessage(role="assistant", content=delta.text) if is_first else ChatMessage(content=delta.text)
         choice = ChatChunkChoice(
@@ -94,6 +98,8 @@ class ChatFormat(ReplyFormat):
         )
         if shows_ids:
             choice.token_ids = _token_ids([delta])
+        if (routing := routing_of([delta])) is not None:
+            choice.routing = routing
         chunk = self._chunk([choice])
         if is_first and self._body.return_token_ids:
             chunk.prompt_token_ids = list(self._prompt.ids)
@@ -107,21 +113,32 @@ class ChatFormat(ReplyFormat):
         return chunk.to_json()
 
     def whole(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> str:
+        for deltas in choices:
+            self._fingerprint.see(deltas)
         completion = ChatCompletion(
             id=self._id,
             object="chat.completion",
             created=self._created,
             model=self._body.model,
+            system_fingerprint=self._fingerprint.text,
             choices=[self._choice(index, deltas) for index, deltas in enumerate(choices)],
             usage=usage,
         )
         if self._body.return_token_ids:
             completion.prompt_token_ids = list(self._prompt.ids)
+        if self._body.prompt_logprobs is not None:
+            scores = next(delta.prompt_logprobs for delta in choices[0] if delta.prompt_logprobs is not None)
+            completion.prompt_logprobs = self._logprobs.prompt(scores, self._body.prompt_logprobs)
         return completion.to_json()
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(
-            id=self._id, object="chat.completion.chunk", created=self._created, model=self._body.model, choices=choices
+            id=self._id,
+            object="chat.completion.chunk",
+            created=self._created,
+            model=self._body.model,
+            system_fingerprint=self._fingerprint.text,
+            choices=choices,
         )
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> ChatChoice:
@@ -136,6 +153,8 @@ class ChatFormat(ReplyFormat):
         )
         if self._body.return_token_ids:
             choice.token_ids = _token_ids(deltas)
+        if (routing := routing_of(deltas)) is not None:
+            choice.routing = routing
         return choice
 
     def _logprobs_of(self, deltas: Sequence[Delta]) -> ChatLogprobs | None:

@@ -167,7 +167,7 @@ class EngineClient:
 
     Attributes:
         catalog: the adapters that requests can name.
-        limits: the engine's, once it has started.
+        limits, base_digest: the engine's, once it has started.
 
     Raises:
         AdapterError: an adapter has no proper name, or the folder of adapters is not there.
@@ -183,6 +183,7 @@ class EngineClient:
     ) -> None:
         self.catalog = AdapterCatalog(engine_config.adapters, engine_config.adapter_dir)
         self.limits = Limits(max_model_len=0, vocab_size=0)
+        self.base_digest = ""
         self._metrics = metrics
         self._max_open_requests = config.max_open_requests
         self._max_tenant_requests = config.max_tenant_requests or config.max_open_requests
@@ -417,6 +418,7 @@ class EngineClient:
 
     def _take_engine(self, link: EngineLink, started: Started) -> None:
         self.limits = started.limits
+        self.base_digest = started.base_digest
         self._stats = started.stats
         self._statuses = {}
         for status in started.adapters:

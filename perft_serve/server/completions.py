@@ -12,10 +12,11 @@ from fastapi import Request
 from starlette.responses import Response
 
 from perft_serve.engine.events import EngineRequest, TokenLogprobs
+from perft_serve.engine.params import SamplingParams
 from perft_serve.outputs import Delta
-from perft_serve.server.logprobs import LogprobFormat
-from perft_serve.server.protocol import Completion, CompletionChoice, CompletionRequest, Usage
-from perft_serve.server.service import Generation, Prompt, ReplyFormat, Service, StreamMode
+from perft_serve.server.logprobs import LogprobFormat, shortened
+from perft_serve.server.protocol import Completion, CompletionChoice, CompletionRequest, PromptLogprobs, Usage
+from perft_serve.server.service import Fingerprint, Generation, Prompt, ReplyFormat, Service, StreamMode, routing_of
 
 
 class CompletionEndpoint:
@@ -33,7 +34,8 @@ class CompletionEndpoint:
         adapter = service.models.resolve(body.model)
         given = body.prompts()
         service.client.check_number(len(given) * (body.n or 1))
-        prompts = await service.encode(raw, lambda: self._encode(given, body))
+        whole = body.params(room=service.client.limits.max_model_len)
+        prompts = await service.encode(raw, lambda: self._encode(given, body, whole))
         request_id: str = request.state.request_id
         tenant: str = request.state.tenant
         numbered: list[tuple[Prompt, Sequence[EngineRequest]]] = []
@@ -47,7 +49,9 @@ class CompletionEndpoint:
                 adapter=adapter,
                 arrival=arrival,
                 cache_scope=body.cache_scope(tenant),
+                priority=body.priority or 0,
                 tenant=tenant,
+                scored_once=not body.scores_echo,
             )
             numbered.append((prompt, requests))
         options = body.stream_options
@@ -59,15 +63,18 @@ class CompletionEndpoint:
         reply = CompletionFormat(service, body, request_id, prompts)
         return await service.respond(request, Generation(service.tokenizer, numbered, reply, mode), body.model)
 
-    def _encode(self, given: Sequence[str] | Sequence[list[int]], body: CompletionRequest) -> list[Prompt]:
+    def _encode(
+        self, given: Sequence[str] | Sequence[list[int]], body: CompletionRequest, params: SamplingParams
+    ) -> list[Prompt]:
         special = body.add_special_tokens is not False
-        return [
-            Prompt(
-                ids=self._service.inputs.prompt_ids(prompt, add_special_tokens=special),
-                text=prompt if isinstance(prompt, str) else None,
-            )
-            for prompt in given
-        ]
+        prompts = []
+        for prompt in given:
+            ids = self._service.inputs.prompt_ids(prompt, params, add_special_tokens=special)
+            text = prompt if isinstance(prompt, str) else None
+            if text is not None and params.truncate_prompt_tokens is not None:
+                text = self._service.inputs.text_of(ids)
+            prompts.append(Prompt(ids=ids, text=text))
+        return prompts
 
 
 class CompletionFormat(ReplyFormat):
@@ -79,15 +86,19 @@ class CompletionFormat(ReplyFormat):
         self._body = body
         self._prompts = prompts
         self._tokenizer = service.tokenizer
+        self._fingerprint = Fingerprint(service.client.base_digest)
+        self._prompt_logprobs: dict[int, PromptLogprobs] = {}  # by prompt: of its first choice, for all of them
         self._logprobs = LogprobFormat(service.tokenizer, as_token_ids=bool(body.return_tokens_as_token_ids))
         # A base without a tokenizer has nothing else to say
         self._wants_ids = bool(body.return_token_ids) or service.tokenizer is None
         self._started: set[int] = set()
 
     def chunk(self, index: int, delta: Delta, usage: Usage | None) -> str | None:
+        self._fingerprint.see([delta])
         choice = self._choice(index, [delta], is_first=index not in self._started)
         self._started.add(index)
-        if not (choice.text or choice.finish_reason or choice.logprobs or (self._wants_ids and choice.token_ids)):
+        has_ids = self._wants_ids and choice.token_ids
+        if not (choice.text or choice.finish_reason or choice.logprobs or has_ids or delta.routing):
             return None
         chunk = self._completion([choice])
         if usage is not None:
@@ -100,6 +111,8 @@ class CompletionFormat(ReplyFormat):
         return chunk.to_json()
 
     def whole(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> str:
+        for deltas in choices:
+            self._fingerprint.see(deltas)
         completion = self._completion(
             [self._choice(index, deltas, is_first=True) for index, deltas in enumerate(choices)]
         )
@@ -108,18 +121,25 @@ class CompletionFormat(ReplyFormat):
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:
         return Completion(
-            id=self._id, object="text_completion", created=self._created, model=self._body.model, choices=choices
+            id=self._id,
+            object="text_completion",
+            created=self._created,
+            model=self._body.model,
+            system_fingerprint=self._fingerprint.text,
+            choices=choices,
         )
 
     def _choice(self, index: int, deltas: Sequence[Delta], *, is_first: bool) -> CompletionChoice:
-        prompt = self._prompts[index // (self._body.n or 1)]
+        prompt_number = index // (self._body.n or 1)
+        prompt = self._prompts[prompt_number]
         echo = self._echo(prompt) if self._body.echo else ""
         entries: list[tuple[int, TokenLogprobs | None]] = []
         offsets: list[int] = []
         if self._body.logprobs is not None:
             for delta in deltas:
                 if is_first and self._body.echo and delta.prompt_logprobs is not None:
-                    entries += zip(prompt.ids, delta.prompt_logprobs, strict=True)
+                    scores = [shortened(entry, self._body.logprobs) for entry in delta.prompt_logprobs]
+                    entries += zip(prompt.ids, scores, strict=True)
                     offsets += self._logprobs.prompt_offsets(prompt.ids, skip_special_tokens=prompt.text is not None)
                 if delta.token_id is not None:
                     entries.append((delta.token_id, delta.logprobs))
@@ -131,6 +151,15 @@ class CompletionFormat(ReplyFormat):
             finish_reason=deltas[-1].finish_reason,
             stop_reason=deltas[-1].stop_reason,
         )
+        if self._body.prompt_logprobs is not None:
+            for delta in deltas:
+                if delta.prompt_logprobs is not None and prompt_number not in self._prompt_logprobs:
+                    self._prompt_logprobs[prompt_number] = self._logprobs.prompt(
+                        delta.prompt_logprobs, self._body.prompt_logprobs
+                    )
+            choice.prompt_logprobs = self._prompt_logprobs[prompt_number]
+        if (routing := routing_of(deltas)) is not None:
+            choice.routing = routing
         if self._wants_ids:
             choice.token_ids = [delta.token_id for delta in deltas if delta.token_id is not None]
             if is_first:

@@ -46,6 +46,12 @@ class ServerConfig:
             "for dead; 0: never."
         },
     )
+    max_routed_tokens: int = field(
+        default=4096,
+        metadata={
+            "help": "The most tokens, prompts and completions together, that a request with return_routing may have; 0: none."
+        },
+    )
     max_adapter_labels: int = field(
         default=100, metadata={"help": "The most adapters that have metrics of their own; the rest share one label."}
     )
@@ -111,7 +117,7 @@ class ServerConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in (
-            *("max_adapter_labels", "shutdown_timeout", "engine_restarts", "engine_step_timeout"),
+            *("max_routed_tokens", "max_adapter_labels", "shutdown_timeout", "engine_restarts", "engine_step_timeout"),
             *("max_tenant_requests", "stream_keep_alive"),
         ):
             if getattr(self, name) < 0:

@@ -6,9 +6,17 @@ In: `TokenLogprobs` of the engine. Out: reply models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from perft_serve.engine.events import TokenLogprobs
-from perft_serve.server.protocol import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
+from perft_serve.server.protocol import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TokenLogprob,
+    TopLogprob,
+)
 from perft_serve.text import Detokenizer, TextTokenizer
 
 # JSON has no minus infinity
@@ -33,6 +41,10 @@ class LogprobFormat:
             top_logprobs=[None if entry is None else self._top(entry) for _, entry in entries],
         )
 
+    def prompt(self, entries: Sequence[TokenLogprobs | None], num_top: int) -> PromptLogprobs:
+        """vLLM's shape for prompts: by token id, of the token that is there and of the `num_top` likeliest."""
+        return [None if entry is None else self._by_id(entry, num_top) for entry in entries]
+
     def chat(self, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
         """One object per token."""
         return ChatLogprobs(
@@ -56,6 +68,16 @@ class LogprobFormat:
             offset += len(detokenizer.step(token_id))
         return offsets
 
+    def _by_id(self, entry: TokenLogprobs, num_top: int) -> dict[str, PromptLogprob]:
+        found = {str(entry.token_id): self._ranked(entry.token_id, entry.logprob, entry.rank)}
+        for rank, (token_id, logprob) in enumerate(entry.top[:num_top], 1):
+            found.setdefault(str(token_id), self._ranked(token_id, logprob, rank))
+        return found
+
+    def _ranked(self, token_id: int, logprob: float, rank: int) -> PromptLogprob:
+        text = None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+        return PromptLogprob(logprob=max(logprob, _LOWEST), rank=rank, decoded_token=text)
+
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
         top: dict[str, float] = {}
         # The likeliest first: of tokens with the same text (pieces of characters) that one counts
@@ -71,3 +93,8 @@ class LogprobFormat:
         if self._as_token_ids or self._tokenizer is None:
             return f"token_id:{token_id}"
         return self._tokenizer.token_text(token_id)
+
+
+def shortened(entry: TokenLogprobs | None, num_top: int) -> TokenLogprobs | None:
+    """With the `num_top` likeliest only: more may have been computed for another field of the request."""
+    return None if entry is None else replace(entry, top=entry.top[:num_top])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
@@ -30,14 +30,11 @@ _NEUTRAL_IN_BOTH: dict[str, tuple[Any, ...]] = {
     "length_penalty": (None, 1),
     "logits_processors": (None, []),
     "metadata": (None, {}),
-    "priority": (None, 0),
-    "prompt_logprobs": (None,),
     "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "spaces_between_special_tokens": (None, True),
     "store": (None, False),
     "structured_outputs": (None,),
-    "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
     "vllm_xargs": (None, {}),
 }
@@ -147,6 +144,22 @@ class _SamplingRequest(_Request):
     )
     best_of: int | None = Field(default=None, description="As `n`: all that are generated are returned.")
     skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = Field(
+        default=None,
+        description=f"Of each token of the prompt, and of so many of the likeliest, at most {MAX_LOGPROBS}.",
+    )
+    truncate_prompt_tokens: int | None = Field(
+        default=None, description="Cut a longer prompt to so many tokens; -1: to what leaves room for the completion."
+    )
+    truncation_side: Literal["left", "right"] | None = Field(
+        default=None, description="Which side of such a prompt is cut off; default left."
+    )
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = Field(
+        default=None, description="Lower starts first, on a server with `--scheduling-policy priority`."
+    )
+    return_routing: bool | None = Field(
+        default=None, description="Send which adapter experts each token took in each layer, and with what weights."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = Field(default=None, description="Send the token ids of prompt and completions.")
@@ -167,6 +180,10 @@ class _SamplingRequest(_Request):
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is for streams only: set stream to true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError(
+                "prompt_logprobs are not sent in streams: leave it out, or set stream to false", param="prompt_logprobs"
+            )
         if self.best_of not in (None, self.n or 1):
             raise RequestError(
                 f"best_of={self.best_of} is not supported by this server unless it is n: leave it out", param="best_of"
@@ -184,7 +201,13 @@ class _SamplingRequest(_Request):
 _PARAMS = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "min_tokens"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty", "allowed_token_ids", "bad_words"),
-    *("include_stop_str_in_output", "skip_special_tokens"),
+    *(
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "truncate_prompt_tokens",
+        "truncation_side",
+        "return_routing",
+    ),
 )
 
 
@@ -220,6 +243,11 @@ class CompletionRequest(_SamplingRequest):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
 
+    @property
+    def scores_echo(self) -> bool:
+        """Whether the prompt is sent back with log-probabilities."""
+        return bool(self.echo) and self.logprobs is not None
+
     def params(self, *, room: int) -> SamplingParams:
         """Sampling parameters for a prompt after which the context has room for `room` tokens.
 
@@ -229,7 +257,9 @@ class CompletionRequest(_SamplingRequest):
         default = SamplingParams().max_tokens
         assert default is not None
         max_tokens = self.max_tokens if self.max_tokens is not None else max(1, min(default, room))
-        scored = self.logprobs if self.echo else None
+        scored = self.prompt_logprobs
+        if self.echo and self.logprobs is not None:
+            scored = max(self.logprobs, scored or 0)
         if self.echo and max_tokens == 0 and scored is None:
             scored = 0  # the engine runs a prompt without generating only to score it
         return self._params(max_tokens=max_tokens, logprobs=self.logprobs, prompt_logprobs=scored)
@@ -283,7 +313,11 @@ class ChatRequest(_SamplingRequest):
             RequestError: a value is out of its range.
         """
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self._params(max_tokens=max_tokens, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        return self._params(
+            max_tokens=max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 _Source = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -460,6 +494,32 @@ class CompletionLogprobs(_Reply):
     top_logprobs: list[dict[str, float] | None]
 
 
+class PromptLogprob(_Reply):
+    """A token at a place of the prompt: it is there, or might have been; `rank` 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+class Routing(_Reply):
+    """Which adapter experts tokens took, and with what weights.
+
+    Token number `start + t`, prompt and completion counted as one, took in layer `layers[l]` the adapter experts `ids[t][l]`
+    (-1: none) with `weights[t][l]`. The last token of a completion is not computed, and has no entry; the prompt's have
+    theirs in the first choice for it. In a stream, each chunk has those of the tokens that were computed for it.
+    """
+
+    start: int
+    layers: list[int]
+    ids: list[list[list[int]]]
+    weights: list[list[list[float]]]
+
+
+# By token id, the one that is there first; a prompt's first token has none
+PromptLogprobs: TypeAlias = list[dict[str, PromptLogprob] | None]
+
+
 class CompletionChoice(_Reply):
     """A completion, or what a chunk adds to it."""
 
@@ -470,6 +530,8 @@ class CompletionChoice(_Reply):
     stop_reason: int | str | None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    routing: Routing | None = None
 
 
 class Completion(_Reply):
@@ -479,6 +541,7 @@ class Completion(_Reply):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -519,6 +582,7 @@ class ChatChoice(_Reply):
     finish_reason: FinishReason
     stop_reason: int | str | None
     token_ids: list[int] | None = None
+    routing: Routing | None = None
 
 
 class ChatCompletion(_Reply):
@@ -528,9 +592,11 @@ class ChatCompletion(_Reply):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatChunkChoice(_Reply):
@@ -542,6 +608,7 @@ class ChatChunkChoice(_Reply):
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     token_ids: list[int] | None = None
+    routing: Routing | None = None
 
 
 class ChatChunk(_Reply):
@@ -551,6 +618,7 @@ class ChatChunk(_Reply):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None

@@ -22,12 +22,12 @@ from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.engine.events import EngineRequest, TokenEvent
 from perft_serve.engine.params import RequestError
 from perft_serve.inputs import InputProcessor
-from perft_serve.outputs import CompletionStream, Delta
+from perft_serve.outputs import CompletionStream, Delta, token_routing
 from perft_serve.server.client import EngineClient, EventStream
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.errors import ApiError
 from perft_serve.server.models import ModelNames
-from perft_serve.server.protocol import PromptTokensDetails, RequestT, Usage, parse_request
+from perft_serve.server.protocol import PromptTokensDetails, RequestT, Routing, Usage, parse_request
 from perft_serve.server.sse import CLIENT_CLOSED_REQUEST, EventStreamResponse, until_disconnect
 from perft_serve.text import TextTokenizer
 
@@ -38,6 +38,8 @@ T = TypeVar("T")
 _INLINE_ENCODED_BYTES = 4096
 _INLINE_PARSED_BYTES = 256 << 10
 
+_FINGERPRINT_DIGITS = 10
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
@@ -45,6 +47,32 @@ class Prompt:
 
     ids: tuple[int, ...]
     text: str | None
+
+
+class Fingerprint:
+    """`system_fingerprint`: which base, and which adapter, a reply was computed with, by the beginnings of their digests.
+
+    The adapter's is known from the first event on, before which nothing is sent.
+    """
+
+    def __init__(self, base_digest: str) -> None:
+        self.text = f"fp_{base_digest[:_FINGERPRINT_DIGITS]}"
+        self._has_adapter = False
+
+    def see(self, deltas: Sequence[Delta]) -> None:
+        """Learn the adapter's digest: all completions of a request are on the same version of it."""
+        for delta in deltas:
+            if delta.adapter_digest is not None and not self._has_adapter:
+                self._has_adapter = True
+                self.text += f"_{delta.adapter_digest[:_FINGERPRINT_DIGITS]}"
+
+
+def routing_of(deltas: Sequence[Delta]) -> Routing | None:
+    """Which adapter experts the tokens took that these deltas tell of; `None` if they tell of none."""
+    routing = token_routing([delta.routing for delta in deltas if delta.routing is not None])
+    if routing is None:
+        return None
+    return Routing(start=routing.start, layers=routing.layers, ids=routing.ids, weights=routing.weights)
 
 
 class ReplyFormat(ABC):
@@ -86,9 +114,9 @@ class Generation:
         reply: ReplyFormat,
         mode: StreamMode,
     ) -> None:
-        self._requests = [request for _, requests in prompts for request in requests]
-        self._index = {request.request_id: index for index, request in enumerate(self._requests)}
-        self._choices = [CompletionStream(tokenizer, request.prompt_ids, request.params) for request in self._requests]
+        self.requests = [request for _, requests in prompts for request in requests]
+        self._index = {request.request_id: index for index, request in enumerate(self.requests)}
+        self._choices = [CompletionStream(tokenizer, request.prompt_ids, request.params) for request in self.requests]
         self._num_prompt_tokens = sum(len(prompt.ids) for prompt, _ in prompts)
         # Of each prompt, what none of its completions had to compute, as far as they have said; `None`: none has yet
         self._num_cached_tokens: list[int | None] = [None] * len(prompts)
@@ -104,7 +132,7 @@ class Generation:
     def requests_for(self, adapter: AdapterRef | None) -> Sequence[EngineRequest]:
         """The engine requests, all pinned to this version of their adapter."""
         return [
-            request if request.adapter == adapter else replace(request, adapter=adapter) for request in self._requests
+            request if request.adapter == adapter else replace(request, adapter=adapter) for request in self.requests
         ]
 
     def chunks(self, stream: EventStream, events: Iterable[TokenEvent]) -> Iterator[str]:
@@ -122,7 +150,7 @@ class Generation:
 
     async def whole(self, submit: Callable[[], EventStream]) -> str:
         """Runs to the end, and gives the reply that is not streamed."""
-        deltas: list[list[Delta]] = [[] for _ in self._requests]
+        deltas: list[list[Delta]] = [[] for _ in self.requests]
         with submit() as stream:
             async for events in stream:
                 for index, delta in self._deltas(stream, events):
@@ -227,8 +255,28 @@ class Service:
         """Does `work`, which makes token ids of a body's prompts."""
         return await _work(work, in_thread=len(body) > _INLINE_ENCODED_BYTES)
 
+    def _check_routing(self, requests: Sequence[EngineRequest]) -> None:
+        """Refuse `return_routing` for more tokens than the server's bound: a reply has some hundred numbers a token."""
+        num_tokens = 0
+        for each in requests:
+            if each.params.return_routing:
+                room = self.client.limits.room(each.prompt_ids)
+                num_tokens += 0 if each.choice else len(each.prompt_ids)
+                num_tokens += room if each.params.max_tokens is None else each.params.max_tokens
+        if num_tokens > self._config.max_routed_tokens:
+            raise RequestError(
+                f"return_routing of up to {num_tokens} tokens, prompts and completions together, but this server's limit is "
+                f"{self._config.max_routed_tokens}: set a smaller max_tokens, or leave it out",
+                param="return_routing",
+            )
+
     async def respond(self, request: Request, generation: Generation, model: str) -> Response:
-        """Runs a request in the engine and answers it; whatever is not finished when the client hangs up is aborted."""
+        """Runs a request in the engine and answers it; whatever is not finished when the client hangs up is aborted.
+
+        Raises:
+            RequestError: it asks for the routing of too many tokens.
+        """
+        self._check_routing(generation.requests)
 
         def submit() -> EventStream:
             # Once more: while the prompt was encoded, the adapter may have been reloaded or deleted, and a version that has

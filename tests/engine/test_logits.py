@@ -22,7 +22,7 @@ from transformers import (
 
 from perft_serve.engine.engine import Engine
 from perft_serve.engine.events import EngineRequest
-from perft_serve.engine.logits import LogitEditor, SequenceEdits
+from perft_serve.engine.logits import LogitEditor, SequenceEdits, TokenCounts
 from perft_serve.engine.params import SamplingParams
 from perft_serve.engine.sampler import EditedRows, sample
 from perft_serve.engine.sequence import Sequence
@@ -134,8 +134,13 @@ def test_counts_grow_a_token_a_step_and_are_never_made_again(monkeypatch: pytest
     assert isinstance(state, SequenceEdits)
     counted: list[int] = []
     assert state.counts is not None
-    add = type(state.counts).add
-    monkeypatch.setattr(type(state.counts), "add", lambda self, token: (counted.append(token), add(self, token)))
+    add = TokenCounts.add
+
+    def counting_add(self: TokenCounts, token: int) -> None:
+        counted.append(token)
+        add(self, token)
+
+    monkeypatch.setattr(TokenCounts, "add", counting_add)
     for _ in range(300):
         seq.token_ids.append(generator.randrange(V))
         seq.restart()  # preempted: what was generated stands, and so do the counts
@@ -213,11 +218,12 @@ def together(engine: Engine) -> dict[str, Output]:
 
 def test_greedy_tokens_are_those_of_generate(mixtral: Served, together: dict[str, Output]) -> None:
     prompt = torch.tensor([PROMPT])
-    for name, settings in {
+    asked: dict[str, dict[str, Any]] = {
         "repetition": {"repetition_penalty": 1.5},
         "bias": {"sequence_bias": [[[token], value] for token, value in ASKED["bias"]["logit_bias"].items()]},
         "allowed": {"suppress_tokens": [token for token in range(128) if not 20 <= token < 60]},
-    }.items():
+    }
+    for name, settings in asked.items():
         for adapter in ADAPTERS[1:]:
             assert adapter is not None
             mixtral.oracle.set_adapter(adapter)

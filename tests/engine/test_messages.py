@@ -14,7 +14,7 @@ import pytest
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.status import AdapterMemory, AdapterStatus
 from perft_serve.engine.config import EngineConfig
-from perft_serve.engine.events import EngineRequest, EngineStats, Timing, TokenEvent, TokenLogprobs
+from perft_serve.engine.events import EngineRequest, EngineStats, Routing, Timing, TokenEvent, TokenLogprobs
 from perft_serve.engine.limits import Limits
 from perft_serve.engine.messages import (
     Abort,
@@ -63,6 +63,9 @@ PARAMS = SamplingParams(
     logprobs=3,
     prompt_logprobs=0,
     skip_special_tokens=False,
+    truncate_prompt_tokens=-1,
+    truncation_side="right",
+    return_routing=True,
 )
 REQUEST = EngineRequest(
     request_id="r-0",
@@ -73,6 +76,7 @@ REQUEST = EngineRequest(
     arrival=0.1,
     bad_words=((5,), (6, 7)),
     cache_scope="scope",
+    priority=-3,
     tenant="tenant",
 )
 STATUS = AdapterStatus(
@@ -92,7 +96,7 @@ STATUS = AdapterStatus(
     num_bytes=1 << 41,
     digest="0123",
 )
-LOGPROBS = TokenLogprobs(token_id=5, logprob=-math.inf, top=((5, -0.5), (6, -1.5)))
+LOGPROBS = TokenLogprobs(token_id=5, logprob=-math.inf, top=((5, -0.5), (6, -1.5)), rank=3)
 EVENT = TokenEvent(
     request_id="r-0",
     token_id=5,
@@ -102,6 +106,8 @@ EVENT = TokenEvent(
     stop_reason=5,
     timing=Timing(arrival=0.1, scheduled=0.2, first_token=0.3),
     num_cached_tokens=16,
+    adapter_digest="0123",
+    routing=Routing(start=3, layers=(0, 5), width=2, ids=bytes(16), weights=b"\xff" * 16),
 )
 STATS = EngineStats(num_running=1, kv_usage=0.5, num_steps=1 << 40, adapters=AdapterMemory(load_seconds=0.25))
 LIMITS = Limits(max_model_len=256, vocab_size=300)
@@ -116,7 +122,7 @@ COMMANDS: list[Command] = [
     Stop(),
 ]
 REPORTS: list[Report] = [
-    Started(limits=LIMITS, stats=STATS, adapters=[STATUS, AdapterStatus(name="b", version=1)]),
+    Started(limits=LIMITS, base_digest="0123", stats=STATS, adapters=[STATUS, AdapterStatus(name="b", version=1)]),
     StartFailed(reason="there is no model at /x"),
     StepOutput(
         stats=STATS,

@@ -9,7 +9,7 @@ import time
 import pytest
 from planning import FakeAdapters, RoundRobin, World
 
-from perft_serve.engine.policy import MAX_PASSED_OVER, LineForRoom
+from perft_serve.engine.policy import MAX_PASSED_OVER, LineForRoom, LowestPriorityFirst
 from perft_serve.engine.scheduler import MAX_LOOKS
 from perft_serve.engine.sequence import Sequence
 
@@ -314,7 +314,7 @@ def test_whatever_happens_nobody_is_forgotten(seed: int, monkeypatch: pytest.Mon
     rng = random.Random(seed)
     names = [f"a{i}" for i in range(rng.randint(2, 12))]
     adapters = FakeAdapters(room=5, sizes={name: rng.randint(1, 5) for name in names})
-    order = RoundRobin() if seed % 2 else None
+    order = (None, RoundRobin(), LowestPriorityFirst())[seed % 3]
     world = World(
         num_pages=20, max_num_seqs=rng.randint(1, 9), budget=11, adapters=adapters, prefix_caching=True, order=order
     )
@@ -322,7 +322,8 @@ def test_whatever_happens_nobody_is_forgotten(seed: int, monkeypatch: pytest.Mon
     for now in range(1500):
         if rng.random() < (0.4 if now < 1000 else 0.02):
             adapter = rng.choice([None, *names])
-            world.add(f"q{now}", rng.randint(1, 40), rng.randint(1, 20), adapter=adapter, tenant=str(rng.randint(0, 2)))
+            tenant, length = str(rng.randint(0, 2)), rng.randint(1, 20)
+            world.add(f"q{now}", rng.randint(1, 40), length, adapter=adapter, tenant=tenant, priority=now % 4)
             open_ids.add(f"q{now}")
         if rng.random() < 0.05 and open_ids:
             one = rng.choice(sorted(open_ids))

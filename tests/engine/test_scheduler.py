@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from planning import EOS, RoundRobin, World
+from planning import EOS, FakeAdapters, RoundRobin, World
 
-from perft_serve.engine.policy import WaitingOrder
+from perft_serve.engine.policy import PATIENCE, LowestPriorityFirst, WaitingOrder
 from perft_serve.engine.scheduler import ChunkResult
 
 
@@ -152,3 +152,41 @@ def test_another_order_between_tenants_can_be_plugged_in() -> None:
         world.assert_empty()
     assert finished[0][-1] == "modest"
     assert finished[1][1] == "modest"
+
+
+def test_lower_priorities_start_first() -> None:
+    world = World(max_num_seqs=1, order=LowestPriorityFirst())
+    for name, priority in (("a", 0), ("b", 3), ("c", -1), ("d", 0), ("e", -1)):
+        world.add(name, 3, priority=priority)
+    assert list(world.finish()) == ["c", "e", "a", "d", "b"]
+    world.assert_empty()
+
+
+def test_who_has_started_is_not_put_aside() -> None:
+    world = World(max_num_seqs=1, order=LowestPriorityFirst())
+    world.add("a", 3, max_tokens=3)
+    world.step()
+    world.add("urgent", 3, priority=-9)
+    assert list(world.finish()) == ["a", "urgent"]
+
+
+@pytest.mark.parametrize("adapter", [None, "x"])
+def test_a_flow_of_urgent_requests_keeps_nobody_out(adapter: str | None) -> None:
+    """There are always urgent ones waiting, and still one start in `PATIENCE` is that of who has waited longest."""
+    order = LowestPriorityFirst()
+    world = World(max_num_seqs=1, order=order, adapters=FakeAdapters(host=("x",)))
+    if adapter is not None:
+        world.add("first", 3, 1, adapter=adapter)
+        world.finish()
+    for i in range(3):
+        world.add(f"patient{i}", 3, 1, adapter=adapter, priority=100)
+    ends: list[str] = []
+    for i in range(5 * PATIENCE):
+        world.add(f"urgent{i}", 3, 1, adapter=adapter)
+        ends += [event.request_id for event in world.step()[1] if event.finish_reason is not None]
+    places = [ends.index(f"patient{i}") for i in range(3)]
+    assert places == [PATIENCE - 1, 2 * PATIENCE - 1, 3 * PATIENCE - 1]
+    for i in range(2000):
+        world.add(f"gone{i}", 3, priority=1000)
+        world.scheduler.abort(f"gone{i}")
+    assert len(order._by_priority) < 400, "what has gone is forgotten"

@@ -32,7 +32,7 @@ class TestCompletions:
         body = reply.json()
         Completion.model_validate(body, strict=True)
         assert body["id"] == f"cmpl-{reply.headers['x-request-id']}"
-        assert set(body) == {"id", "object", "created", "model", "choices", "usage"}
+        assert set(body) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
         assert set(body["choices"][0]) == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
         assert abs(body["created"] - time.time()) < 60
 
