@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -124,9 +124,9 @@ def build_app(
         ("/v1/adapters", adapters.list, "GET", operator, None, AdapterList),
         ("/v1/adapters/{name:path}", adapters.get, "GET", operator, None, AdapterCard),
         ("/v1/adapters/{name:path}", adapters.delete, "DELETE", operator, None, DeletedAdapter),
-        ("/v1/load_lora_adapter", adapters.load_lora, "POST", operator, LoadLoraRequest, None),
-        ("/v1/unload_lora_adapter", adapters.unload_lora, "POST", operator, UnloadLoraRequest, None),
-        ("/metrics", status.metrics, "GET", operator, None, None),  # its labels name adapters
+        ("/v1/load_lora_adapter", adapters.load_lora, "POST", operator, LoadLoraRequest, "text/plain"),
+        ("/v1/unload_lora_adapter", adapters.unload_lora, "POST", operator, UnloadLoraRequest, "text/plain"),
+        ("/metrics", status.metrics, "GET", operator, None, "text/plain"),  # its labels name adapters
         ("/health", status.health, "GET", everybody, None, None),
         ("/ping", status.health, "GET", everybody, None, None),
         ("/ready", status.ready, "GET", everybody, None, None),
@@ -145,6 +145,7 @@ def build_app(
             methods=[method],
             dependencies=guards,
             response_model=None,
+            response_class=PlainTextResponse if isinstance(reply, str) else JSONResponse,
             responses=responses,
             openapi_extra=None if request is None else {"requestBody": {"required": True, **openapi.content(request)}},
         )
@@ -152,7 +153,7 @@ def build_app(
             app.add_api_route(
                 path, endpoint, methods=["HEAD"], dependencies=guards, response_model=None, include_in_schema=False
             )
-        kinds += [kind for kind in (request, reply) if kind is not None]
+        kinds += [kind for kind in (request, reply) if isinstance(kind, type)]
     app.add_route("/docs", _docs, methods=["GET"], include_in_schema=False)
     for error in _EXPECTED_ERRORS:
         app.add_exception_handler(error, _reply_to)

@@ -19,7 +19,10 @@ from pydantic.json_schema import models_json_schema
 
 from perft_serve.server.protocol import (
     AdapterRequest,
+    ChatChunk,
+    ChatCompletion,
     ChatRequest,
+    Completion,
     CompletionRequest,
     DetokenizeRequest,
     ErrorReply,
@@ -61,6 +64,9 @@ _EXAMPLES: Mapping[type, Mapping[str, Mapping[str, Any]]] = {
     UnloadLoraRequest: {"unload": {"lora_name": "support"}},
 }
 
+# Of the replies that can be streamed, what each event holds.
+_STREAMS: Mapping[type, type] = {Completion: Completion, ChatCompletion: ChatChunk}
+
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
@@ -75,12 +81,28 @@ td, th {{ text-align: left; vertical-align: top; padding: .1rem 1rem .1rem 0 }}
 """
 
 
-def content(kind: type | None, media: str = "application/json") -> dict[str, Any]:
-    """The OpenAPI entry for a body that the endpoint parses itself, or a reply that it writes itself."""
+def content(kind: type | str | None) -> dict[str, Any]:
+    """The OpenAPI entry for a body that the endpoint parses itself, or a reply that it writes itself.
+
+    Args:
+        kind: its type, or the media type of a text; `None`: JSON of no type in particular.
+    """
     if kind is None:
         return {"description": "OK"}
-    entry: dict[str, Any] = {"schema": {"$ref": _SCHEMA.format(name=kind.__name__)}}
-    return {"description": kind.__name__, "content": {media: entry}}
+    if isinstance(kind, str):
+        return {"description": "OK", "content": {kind: {"schema": {"type": "string"}}}}
+    entry: dict[str, Any] = {"application/json": {"schema": {"$ref": _SCHEMA.format(name=kind.__name__)}}}
+    if kind in _STREAMS:
+        chunk = {"$ref": _SCHEMA.format(name=_STREAMS[kind].__name__)}
+        data = {
+            "description": "A chunk or an error, and `[DONE]` at the end.",
+            "anyOf": [
+                {"const": "[DONE]"},
+                {"type": "string", "contentMediaType": "application/json", "contentSchema": chunk},
+            ],
+        }
+        entry["text/event-stream"] = {"schema": {"type": "object", "required": ["data"], "properties": {"data": data}}}
+    return {"description": kind.__name__, "content": entry}
 
 
 def describe(app: FastAPI, kinds: Sequence[type], *, base_name: str, has_keys: bool) -> dict[str, Any]:
@@ -101,7 +123,7 @@ def describe(app: FastAPI, kinds: Sequence[type], *, base_name: str, has_keys: b
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     template = _SCHEMA.format(name="{model}")
-    kinds = sorted({*kinds, ErrorReply}, key=lambda kind: kind.__name__)
+    kinds = sorted({*kinds, *_STREAMS.values(), ErrorReply}, key=lambda kind: kind.__name__)
     models = [kind for kind in kinds if issubclass(kind, BaseModel)]
     for mode, shown in (
         ("validation", [kind for kind in models if kind in _EXAMPLES]),
@@ -120,8 +142,12 @@ def describe(app: FastAPI, kinds: Sequence[type], *, base_name: str, has_keys: b
         }
         for kind, examples in _EXAMPLES.items()
     }
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, in place of which our own is sent
+        schemas.pop(name, None)
     for operations in document["paths"].values():
         for operation in operations.values():
+            if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                del operation["responses"]["422"]
             for media in operation.get("requestBody", {}).get("content", {}).values():
                 media["examples"] = examples[media["schema"]["$ref"]]
             if has_keys and "401" in operation["responses"]:

@@ -1,0 +1,41 @@
+"""Our server under the programs of others: is it what they take it for?
+
+    python bench/conform.py setup [NAME...]   the environments, once
+    python bench/conform.py fuzz              schemathesis: ten thousand requests, no 5xx
+
+In: the server of this checkout. Out: a JSON line each in `bench/results/conformance.jsonl`, and status 1 if something is not as
+it should be. `bench/conformance/README.md` says what each part looks at.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from conformance import environments, fuzz
+from harness import end_cleanly
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """One part."""
+    end_cleanly()
+    parser = argparse.ArgumentParser(description="Our server under the programs of others.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    setup = commands.add_parser("setup", help="make the environments that are not there")
+    setup.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(environments.ENVIRONMENTS)}")
+    fuzzing = commands.add_parser("fuzz", help="schemathesis")
+    fuzzing.add_argument("--cases", type=int, default=10_000, help="stop after so many (default: 10000)")
+    fuzzing.add_argument("--examples", type=int, default=100, help="random cases of each operation, at most, in a run")
+    fuzzing.add_argument("--seed", type=int, default=0)
+    fuzzing.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args(arguments)
+    if options.command == "setup":
+        for environment in environments.find(options.names):
+            environment.require()
+            print(environment.name, environment.versions(), flush=True)
+    elif options.command == "fuzz":
+        fuzz.run(cases=options.cases, seed=options.seed, examples=options.examples, workers=options.workers)
+
+
+if __name__ == "__main__":
+    main()
