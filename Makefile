@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format demo-adapters bench bench-peers bench-compare bench-adapters constraints clean
+.PHONY: help install demo test check format demo-adapters bench bench-peers bench-compare bench-adapters conformance constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ bench-compare: $(INSTALLED) ## Measure our server against those that bench-peers
 
 bench-adapters: $(INSTALLED) ## Measure what adapters cost: in use, unused, switched, thousands, cold.
 	$(BIN)/python bench/adapter_costs.py $(BENCH_ARGS)
+
+conformance: $(INSTALLED) ## Try the server with other people's programs (BENCH_ARGS="fuzz", "lm-eval", "clients", "setup").
+	$(BIN)/python bench/conform.py $(BENCH_ARGS)
 
 constraints: $(INSTALLED) ## Write what is installed in .venv now into constraints.txt.
 	$(BIN)/python .ci/constraints.py > $(VENV)/constraints.txt

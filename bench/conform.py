@@ -2,6 +2,8 @@
 
     python bench/conform.py setup [NAME...]   the environments, once
     python bench/conform.py fuzz              schemathesis: ten thousand requests, no 5xx
+    python bench/conform.py lm-eval           the numbers of lm-eval's own Transformers backend
+    python bench/conform.py clients           one round trip with each client library
 
 In: the server of this checkout. Out: a JSON line each in `bench/results/conformance.jsonl`, and status 1 if something is not as
 it should be. `bench/conformance/README.md` says what each part looks at.
@@ -12,8 +14,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from conformance import environments, fuzz
-from harness import end_cleanly
+from conformance import clients, environments, fuzz, likelihoods
+from harness import ROOT, end_cleanly
+
+ADAPTER = ROOT / "demo" / "adapters" / "sql"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fuzzing.add_argument("--examples", type=int, default=100, help="random cases of each operation, at most, in a run")
     fuzzing.add_argument("--seed", type=int, default=0)
     fuzzing.add_argument("--workers", type=int, default=2)
+    commands.add_parser("lm-eval", help="lm-eval's local-completions against its hf backend")
+    commands.add_parser("clients", help="litellm, langchain-openai, llm, npm's openai")
     options = parser.parse_args(arguments)
     if options.command == "setup":
         for environment in environments.find(options.names):
@@ -35,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(environment.name, environment.versions(), flush=True)
     elif options.command == "fuzz":
         fuzz.run(cases=options.cases, seed=options.seed, examples=options.examples, workers=options.workers)
+    elif options.command == "lm-eval":
+        likelihoods.run(adapter=ADAPTER)
+    else:
+        clients.run(adapter=ADAPTER)
 
 
 if __name__ == "__main__":
