@@ -1,7 +1,7 @@
 """lm-eval through our server against lm-eval's own Transformers backend: the same base, the same adapter, the same numbers.
 
-In: the demo base and a demo adapter, in float32, and the tasks beside this file. Out: one JSON line with the greatest difference
-of a log-likelihood and the number of greedy texts that differ, for the base and for the adapter.
+In: the demo base and a demo adapter, in float32, and the tasks beside this file. Out: one JSON line with the greatest
+difference of a log-likelihood and the number of greedy texts that differ, for the base and for the adapter.
 """
 
 from __future__ import annotations
