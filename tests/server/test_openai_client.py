@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 
 import openai
 import pytest
 from running_server import BASE, RunningServer
+
+from perft_serve.server.config import ServerConfig
 
 FREE_RUNNING = {"ignore_eos": True}
 
@@ -172,3 +175,45 @@ def test_many_at_once_on_different_adapters(server: RunningServer, tiny_adapters
     together = asyncio.run(ask_all(True))
     assert together == asyncio.run(ask_all(False))
     assert len(set(together)) == len(together), "adapters and prompts make no difference"
+
+
+def test_a_replys_id_is_in_its_header(client: openai.OpenAI) -> None:
+    raw = client.completions.with_raw_response.create(model=BASE, prompt="hello", max_tokens=1)
+    completion = raw.parse()
+    assert completion._request_id == raw.headers["x-request-id"]
+    assert completion.id == f"cmpl-{completion._request_id}"
+
+
+def test_an_error_in_mid_stream(server: RunningServer, client: openai.OpenAI) -> None:
+    server.knobs.set(pace=0.05)
+    stream = client.completions.create(model=BASE, prompt="hello", max_tokens=100, stream=True, extra_body=FREE_RUNNING)
+    received = iter(stream)
+    next(received)
+    server.knobs.set(spoil="the sky fell")
+    with pytest.raises(openai.APIError, match="the sky fell"):
+        list(received)
+
+
+def test_keys_and_bounds(start_server: Callable[..., RunningServer]) -> None:
+    server = start_server(ServerConfig(api_keys=("acme:acmes-key-1",), max_tenant_requests=1))
+    server.knobs.set(pace=0.02)
+    url = f"{server.url}/v1"
+    with (
+        openai.OpenAI(base_url=url, api_key="nobodys-key", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.models.list()
+    with openai.OpenAI(base_url=url, api_key="acmes-key-1", max_retries=0) as client:
+        stream = client.completions.create(
+            model=BASE, prompt="hello", max_tokens=100, stream=True, extra_body=FREE_RUNNING
+        )
+        next(iter(stream))
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.completions.create(model=BASE, prompt="hello", max_tokens=1)
+        assert caught.value.response.headers["retry-after"] == "1"
+        # A client that retries is served when there is room
+        timer = threading.Timer(0.3, stream.close)
+        timer.start()
+        again = client.with_options(max_retries=5).completions.create(model=BASE, prompt="hello", max_tokens=1)
+        timer.join()
+        assert again.choices[0].finish_reason == "length"
