@@ -211,8 +211,15 @@ def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[
     listener = _listen(config.host, config.port)
     with listener:
         tokenizer = load_tokenizer(engine_config.model)
-        metrics = Metrics(CollectorRegistry(), max_adapter_labels=config.max_adapter_labels)
+        metrics = Metrics(
+            CollectorRegistry(),
+            max_adapter_labels=config.max_adapter_labels,
+            adapter_labels=config.adapter_labels,
+            lora_info=config.lora_info_metric,
+            version=version("perft-serve"),
+        )
         client = EngineClient(engine_config, config, metrics)
+        metrics.watch_processes(lambda: client.engine_pid)
         base_name = config.served_model_name or _base_name(engine_config.model)
         try:
             client.start()

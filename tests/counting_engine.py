@@ -20,6 +20,7 @@ from perft.errors import AdapterError
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.status import AdapterStatus
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.counts import Counter, EngineCounts
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
 from perft_serve.engine.limits import Limits
 from perft_serve.engine.loop import run_process
@@ -40,6 +41,7 @@ class CountingEngine:
         self._wake = wake
         self._requests: dict[str, tuple[EngineRequest, int]] = {}
         self._num_steps = 0
+        self._counter = Counter()
         self._most_running = 0
         self._statuses: dict[Key, AdapterStatus] = {}
         self._changed: set[Key] = set()
@@ -74,6 +76,8 @@ class CountingEngine:
             if key in self._statuses and self._statuses[key].state == "loading":
                 self._set(key, state="resident")
         self._num_steps += bool(self._requests)
+        if self._requests:
+            self._counter.observe("iteration_tokens", len(self._requests))
         self._most_running = max(self._most_running, len(self._requests))
         events = []
         for request_id, (request, count) in list(self._requests.items()):
@@ -89,6 +93,9 @@ class CountingEngine:
         return EngineStats(
             num_running=len(self._requests), num_preemptions=self._most_running, num_steps=self._num_steps
         )
+
+    def take_counts(self) -> EngineCounts | None:
+        return self._counter.take()
 
     def warm(self, ref: AdapterRef, pin: bool | None = None) -> None:
         if ref.source == "refused":

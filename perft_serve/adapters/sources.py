@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import unquote
 
 from perft.errors import AdapterError
@@ -37,6 +38,14 @@ def is_remote(source: str) -> bool:
     if scheme is not None:
         return scheme["scheme"].lower() not in _LOCAL_SCHEMES
     return not os.path.isabs(source) and not source.startswith((".", "~")) and _hub_id(source) is not None
+
+
+def source_kind(source: str) -> Literal["folder", "hub", "url"]:
+    """Where a source is read from, as far as its text says."""
+    if not is_remote(source):
+        return "folder"
+    scheme = _SCHEME.match(source)
+    return "hub" if scheme is None or scheme["scheme"].lower() == "hf" else "url"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from perft.errors import AdapterError
 from perft_serve.adapters.arena import AdapterArena, StagedAdapter
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.loader import Loaded, Loader
-from perft_serve.adapters.sources import is_remote
+from perft_serve.adapters.sources import is_remote, source_kind
 from perft_serve.adapters.status import AdapterMemory, AdapterState, AdapterStatus, Hold, Lease, load_failure
 from perft_serve.adapters.tiers import Content, Tiers
 
@@ -81,13 +81,25 @@ class AdapterStore:
         arena: the device memory; nobody else loads into it.
         host_bytes: size of the host tier. Loads under way come on top.
         wake: called when `poll` has something to do: by a loader thread when a load has ended, or at the end of a call here.
+        observe: is told how long bringing an adapter took, in seconds: `load_folder`, `load_hub`, `load_url` from its source
+            into host memory, `load_host` from there into the arena.
     """
 
-    def __init__(self, arena: AdapterArena, *, host_bytes: int, wake: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        arena: AdapterArena,
+        *,
+        host_bytes: int,
+        wake: Callable[[], None] | None = None,
+        observe: Callable[[str, float], None] = lambda name, seconds: None,
+    ) -> None:
         self._arena = arena
         self._host_bytes = host_bytes
         self._wake = wake if wake is not None else lambda: None
-        self._tiers = Tiers(arena, host_bytes, self._on_move, self._on_refused_pin)
+        self._observe = observe
+        self._tiers = Tiers(
+            arena, host_bytes, self._on_move, self._on_refused_pin, lambda seconds: observe("load_host", seconds)
+        )
         max_bytes = arena.rows_SD.numel() * _MAX_ITEM_BYTES + _HEADER_BYTES
         self._loader = Loader(arena.blocks, arena.stage, self._wake, max_bytes)
         self._load_numbers = itertools.count()
@@ -408,6 +420,8 @@ class AdapterStore:
         else:
             self._num_loads += 1
         entry = self._loading.pop(loaded.number)
+        if loaded.staged is not None:
+            self._observe(f"load_{source_kind(entry.ref.source)}", loaded.seconds)
         if entry.load_number != loaded.number:  # it was retired meanwhile
             return
         entry.load_number = None

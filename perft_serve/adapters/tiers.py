@@ -12,6 +12,7 @@ digests, no names. Time per call is O(log n), or O(n) where rows lie in pieces, 
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -33,6 +34,7 @@ class Content:
 
     __slots__ = (
         "digest",
+        "granted_at",
         "is_kept",
         "is_running",
         "num_bytes",
@@ -48,6 +50,7 @@ class Content:
 
     def __init__(self, staged: StagedAdapter) -> None:
         self.digest = staged.digest
+        self.granted_at = 0.0  # when room was last set aside for it (`time.monotonic()`)
         self.num_rows = staged.num_rows
         self.num_bytes = staged.num_bytes
         self.width = staged.width
@@ -80,6 +83,7 @@ class Tiers:
         on_refused_pin: called with a content whose pins must be taken back, and why: there can be no room for it.
         on_move: called when a content has come to, or gone from, the arena, or is not on its way any more, or is in no tier
             any more.
+        on_copied: called with the seconds from when room was set aside for a content to when it was in the arena.
 
     Attributes:
         num_resident: contents in the arena.
@@ -93,11 +97,13 @@ class Tiers:
         host_bytes: int,
         on_move: Callable[[Content], None],
         on_refused_pin: Callable[[Content, str], None],
+        on_copied: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._arena = arena
         self._host_bytes = host_bytes
         self._on_move = on_move
         self._on_refused_pin = on_refused_pin
+        self._on_copied = on_copied
         self._contents: dict[str, Content] = {}
         # host tier
         self._spare: OrderedDict[str, Content] = OrderedDict()  # may be dropped, least recently used first
@@ -317,6 +323,7 @@ class Tiers:
             self._evict_one()
         self._pins_waiting.pop(content.digest, None)
         self._incoming[content.digest] = content
+        content.granted_at = time.monotonic()
         self._granted_rows += content.num_rows
         self._settle(content)
         return True
@@ -414,5 +421,6 @@ class Tiers:
             content.placement = None
             del self._incoming[content.digest]
             self.num_resident += 1
+            self._on_copied(time.monotonic() - content.granted_at)
             self._settle(content)
             self._moved(content)

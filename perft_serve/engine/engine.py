@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
+from itertools import pairwise
 
 from perft_serve.adapters.catalog import AdapterCatalog, AdapterRef
 from perft_serve.adapters.status import AdapterStatus, load_failure
 from perft_serve.adapters.store import AdapterStore
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.counts import STEP_HISTOGRAMS, Counter, EngineCounts
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
 from perft_serve.engine.limits import Limits
 from perft_serve.engine.pages import PagePool
 from perft_serve.engine.params import RequestError
 from perft_serve.engine.policy import FirstComeFirstServed, LowestPriorityFirst
 from perft_serve.engine.runner import Runner
-from perft_serve.engine.scheduler import Scheduler
+from perft_serve.engine.scheduler import Plan, Scheduler
 from perft_serve.engine.sequence import Sequence
 
 
@@ -49,14 +52,18 @@ class Engine:
 
     def __init__(self, config: EngineConfig, wake: Callable[[], None] | None = None) -> None:
         self._runner = Runner(config)
-        self._pool = PagePool(self._runner.num_pages, config.page_size)
+        self._counter = Counter()
+        self._pool = PagePool(self._runner.num_pages, config.page_size, observe=self._counter.observe)
         self.limits = self._limits(config)
         self.eos_token_ids = self._runner.eos_token_ids
         self.base_digest = self._runner.base_digest
         self._wake = wake
         self._load_ended = threading.Event()
         self._adapters = AdapterStore(
-            self._runner.arena, host_bytes=config.host_adapter_memory, wake=self._tell_load_ended
+            self._runner.arena,
+            host_bytes=config.host_adapter_memory,
+            wake=self._tell_load_ended,
+            observe=self._counter.observe,
         )
         self._updates: dict[tuple[str, int], AdapterStatus] = {}
         self._deleted: dict[str, int] = {}  # the last version that was deleted, by name
@@ -71,6 +78,7 @@ class Engine:
             order=LowestPriorityFirst() if config.scheduling_policy == "priority" else FirstComeFirstServed(),
         )
         self._num_steps = 0
+        self._num_corrupted = 0  # that were counted
         try:
             catalog = AdapterCatalog(config.adapters)  # gives them the names and versions that requests will ask for
             for name in config.adapters:
@@ -120,18 +128,24 @@ class Engine:
 
         Whatever it raises, the requests stay as they were before.
         """
+        began = time.monotonic()
         self._load_ended.clear()
         self._adapters.poll()
         self._take_updates()
+        polled = time.monotonic()
         plan = self._scheduler.schedule()
+        scheduled = time.monotonic()
         try:
             results = self._runner.run(plan) if plan.chunks else []
         except BaseException:
             self._scheduler.roll_back(plan)
             raise
-        self._num_steps += bool(plan.chunks)
+        ran = time.monotonic()
         events = self._scheduler.commit(plan, results)
         self._take_updates()  # asking for one adapter moves others, and who waits for those must find out without a step
+        if plan.chunks:
+            self._num_steps += 1
+            self._count_step(plan, (began, polled, scheduled, self._runner.computed_at, ran, time.monotonic()))
         return events
 
     def has_work(self) -> bool:
@@ -145,6 +159,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """The engine's state now."""
         return EngineStats(
+            num_pages=self._pool.num_pages,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             kv_usage=self._pool.usage,
@@ -154,6 +169,13 @@ class Engine:
             prefix_hits=self._scheduler.prefix_hits,
             adapters=self._adapters.memory(),
         )
+
+    def take_counts(self) -> EngineCounts | None:
+        """What was counted for metrics since the last call, if anything was."""
+        self._counter.count_corrupted(self._scheduler.num_corrupted - self._num_corrupted)
+        self._num_corrupted = self._scheduler.num_corrupted
+        self._counter.note_balances(self._runner.balances.take())
+        return self._counter.take()
 
     def warm(self, ref: AdapterRef, pin: bool | None = None) -> None:
         """Start bringing an adapter without a request; `adapter_updates` tells how it went.
@@ -186,6 +208,13 @@ class Engine:
         """Drop all requests and stop what runs beside the steps."""
         self.abort_all()
         self._adapters.close()
+
+    def _count_step(self, plan: Plan, times: tuple[float, ...]) -> None:
+        """`times`: when each phase of the step began, and when the last ended."""
+        observe = self._counter.observe
+        for phase, (start, end) in zip(STEP_HISTOGRAMS, pairwise(times), strict=True):
+            observe(phase, end - start)
+        observe("iteration_tokens", sum(chunk.num_tokens for chunk in plan.chunks))
 
     def _take_updates(self) -> None:
         latest = {(status.name, status.version): status for status in self._adapters.updates()}

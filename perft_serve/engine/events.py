@@ -76,9 +76,15 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """When a request's life's steps happened (`time.monotonic()`, one machine): sent with its first token."""
+    """When the steps of a request's life happened, all by the engine's clock: sent with its first token.
 
-    arrival: float
+    Args:
+        queued: it reached the engine.
+        scheduled: it became part of a step for the first time.
+        first_token: that step, or a later one, gave its first token.
+    """
+
+    queued: float
     scheduled: float
     first_token: float
 
@@ -120,6 +126,7 @@ class EngineStats:
     """The engine's state after a step, for metrics.
 
     Args:
+        num_pages: pages of the KV cache.
         num_running: requests that hold KV pages.
         num_waiting: requests that hold none: for want of pages or of room in the batch, or for their adapter.
         kv_usage: share of the KV pages that requests hold, in [0, 1]; what the prefix cache keeps besides is free.
@@ -129,6 +136,7 @@ class EngineStats:
         adapters: the adapters' memory.
     """
 
+    num_pages: int = 0
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0

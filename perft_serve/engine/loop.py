@@ -30,6 +30,7 @@ from perft.errors import PerftError
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.status import AdapterStatus
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.counts import EngineCounts
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
 from perft_serve.engine.limits import Limits
 from perft_serve.engine.logs import log_to_stderr
@@ -60,6 +61,8 @@ logger = logging.getLogger(__name__)
 # Steps that the front may be behind before the engine waits for it.
 WINDOW = 64
 HEARTBEAT_SECONDS = 1.0
+# What the engine counts for metrics is told this often while it is busy, and before it sleeps.
+COUNTS_SECONDS = 1.0
 # How long the last report may take to get away.
 _LINGER_MS = 2000
 ORPHANED_STATUS = 70
@@ -78,6 +81,7 @@ class SteppedEngine(Protocol):
     def has_work(self) -> bool: ...
     def step(self) -> list[TokenEvent]: ...
     def stats(self) -> EngineStats: ...
+    def take_counts(self) -> EngineCounts | None: ...
     def warm(self, ref: AdapterRef, pin: bool | None = None) -> None: ...
     def retire(self, name: str, up_to_version: int, force: bool = False, only: bool = False) -> None: ...
     def adapter_updates(self) -> list[AdapterStatus]: ...
@@ -182,6 +186,7 @@ class EngineLoop:
         self._num_sent = 0
         self._num_delivered = 0
         self._stats = engine.stats()
+        self._counted = time.monotonic()
 
     def run(self) -> None:
         """Runs until a `Stop` comes.
@@ -231,9 +236,26 @@ class EngineLoop:
         events = self._engine.step()
         before, self._stats = self._stats, self._engine.stats()
         updates = self._engine.adapter_updates()
-        if events or refused or replies or updates or self._stats != before:
+        counts = self._take_counts()
+        if events or refused or replies or updates or counts or self._stats != before:
             self._num_sent += 1
-            self._send(StepOutput(stats=self._stats, events=events, refused=refused, replies=replies, adapters=updates))
+            self._send(
+                StepOutput(
+                    stats=self._stats,
+                    events=events,
+                    refused=refused,
+                    replies=replies,
+                    adapters=updates,
+                    counts=counts,
+                )
+            )
+
+    def _take_counts(self) -> EngineCounts | None:
+        now = time.monotonic()
+        if now - self._counted < COUNTS_SECONDS and self._engine.has_work():
+            return None
+        self._counted = now
+        return self._engine.take_counts()
 
     def _obey(self, command: Command, refused: list[Refusal], replies: list[Reply]) -> None:
         match command:

@@ -16,6 +16,7 @@ import msgspec
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.status import AdapterStatus
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.counts import EngineCounts
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
 from perft_serve.engine.limits import Limits
 
@@ -104,13 +105,16 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
-    """What a step, and the commands obeyed before it, have brought; `adapters` are the statuses that have changed."""
+    """What a step, and the commands obeyed before it, have brought; `adapters` are the statuses that have changed, `counts`
+    what was counted since they were last sent.
+    """
 
     stats: EngineStats
     events: list[TokenEvent] = []
     refused: list[Refusal] = []
     replies: list[Reply] = []
     adapters: list[AdapterStatus] = []
+    counts: EngineCounts | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):

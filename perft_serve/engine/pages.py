@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+# One page in so many is watched for how long it lives and lies idle: which ones is as good as chance to those who use them.
+WATCHED_OF = 8
 
 
 def root_hash(*, scope: str, base_digest: str, adapter_digest: str) -> bytes:
@@ -30,9 +34,15 @@ class PagePool:
     Args:
         num_pages: how many there are to give.
         page_size: tokens in a page.
+        observe: is told the ages of some pages, in seconds: `page_lifetime`, from the moment a page is handed out to the one
+            in which it is handed out anew and what it holds is lost; `page_idle`, the last part of that, in which nobody held
+            it; `page_reuse_gap`, from one holder of what it holds to the next that finds it.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, *, observe: Callable[[str, float], None] | None = None) -> None:
+        self._observe = observe
+        self._handed_out: dict[int, float] = {}  # watched pages: when they were, and
+        self._last_used: dict[int, float] = {}  # when somebody last took them or let go of them
         self.num_pages = num_pages
         self.page_size = page_size
         self._num_holders = [0] * (num_pages + 1)
@@ -76,6 +86,8 @@ class PagePool:
         for page in found:
             self._cached.pop(page, None)
             self._num_holders[page] += 1
+            if page in self._last_used:
+                self._note_use(page, is_reuse=True)
         own = [self._take_one() for _ in range(count)]
         for page in own:
             self._num_holders[page] = 1
@@ -87,6 +99,8 @@ class PagePool:
             self._num_holders[page] -= 1
             assert self._num_holders[page] >= 0, f"page {page} was given back twice"
             if self._num_holders[page] == 0:
+                if page in self._last_used:
+                    self._note_use(page)
                 if page in self._hash_of:
                     self._cached[page] = None
                 else:
@@ -106,8 +120,26 @@ class PagePool:
 
     def _take_one(self) -> int:
         if self._blank:
-            return self._blank.pop()
-        page = next(iter(self._cached))
-        del self._cached[page]
-        self.forget(page)
+            page = self._blank.pop()
+        else:
+            page = next(iter(self._cached))
+            del self._cached[page]
+            self.forget(page)
+            self._note_loss(page)
+        if self._observe is not None and page % WATCHED_OF == 0:
+            self._handed_out[page] = self._last_used[page] = time.monotonic()
         return page
+
+    def _note_use(self, page: int, *, is_reuse: bool = False) -> None:
+        """A watched page was found by another holder, or its last one has let go of it."""
+        now = time.monotonic()
+        if is_reuse and self._observe is not None:
+            self._observe("page_reuse_gap", now - self._last_used[page])
+        self._last_used[page] = now
+
+    def _note_loss(self, page: int) -> None:
+        """What a page holds gives way to something else."""
+        if self._observe is not None and page in self._last_used:
+            now = time.monotonic()
+            self._observe("page_lifetime", now - self._handed_out[page])
+            self._observe("page_idle", now - self._last_used[page])

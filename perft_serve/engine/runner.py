@@ -5,6 +5,7 @@ It knows no queue and no names: adapters are slots of the arena here.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from perft.errors import BaseModelError
 from perft.moe import find_moe_blocks
 from perft_kernels.adapter_router import RULE_FIRST_EXPERT
 from perft_serve.adapters.arena import AdapterArena
+from perft_serve.engine.balance import Balances
 from perft_serve.engine.batch import Batch, build_batch
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_programs import DecodePrograms
@@ -43,6 +45,8 @@ class Runner:
         arena: the adapters' memory.
         vocab_size, max_position_embeddings, eos_token_ids, base_digest: facts about the model.
         num_pages: pages that the KV cache has to give.
+        balances: how evenly adapters' tokens spread, looked at now and then.
+        computed_at: when the last step's logits were there, or (on a GPU) on their way (`time.monotonic()`).
 
     Raises:
         BaseModelError: the model cannot be loaded, has no MoE blocks, or does something that batches cannot do.
@@ -68,6 +72,8 @@ class Runner:
         blocks = [replace(block, top_k=self._seam.base_top_k) for block in blocks]  # seen, whatever the config says
         self.arena = AdapterArena(blocks, config.adapter_memory, self.dtype, self.device)
         self._seam.arena = self.arena
+        self.balances = Balances(self.arena)
+        self.computed_at = 0.0
         page_bytes = sum(heads * (key_dim + value_dim) for heads, key_dim, value_dim in shapes.values())
         page_bytes *= config.page_size * self.dtype.itemsize
         self.num_pages = config.kv_memory // page_bytes
@@ -100,8 +106,13 @@ class Runner:
         logits_NV = self._programs.run(batch) if self._programs is not None else None
         if logits_NV is None:
             # a chunk in the middle of a prompt needs no logits, but the model computes at least one row
+            self._seam.routes = self.balances.begin(batch)
             logits_NV = self._forward(batch, torch.tensor(batch.logit_rows or (0,), device=self.device))
+        self.computed_at = time.monotonic()
         results = self._results(plan, logits_NV)
+        if self._seam.routes is not None:  # only now, when the step's tokens are there and nobody waits for the device
+            self.balances.note(plan, self._seam.routes)
+            self._seam.routes = None
         return self._with_routing(plan, results) if batch.routed_rows else results
 
     def _forward(self, batch: Batch, rows: Tensor) -> Tensor:

@@ -162,6 +162,7 @@ class Scheduler:
 
     Attributes:
         num_preemptions, prefix_queries, prefix_hits: as in `EngineStats`.
+        num_corrupted: sequences whose logits were not numbers.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class Scheduler:
         self._room_may_have_come = False  # in the arena, since those who wait for it were last tried
         self._ended: list[TokenEvent] = []  # last events of sequences that ended outside of a step
         self.num_preemptions = 0
+        self.num_corrupted = 0
         self.prefix_queries = 0
         self.prefix_hits = 0
 
@@ -233,6 +235,7 @@ class Scheduler:
             self._adapters.enter(seq.request.adapter)
             self._on_adapter.setdefault(_key(seq.request.adapter), {})[seq] = None
         seq.number = next(self._numbers)
+        seq.queued_at = time.monotonic()
         self._by_id[seq.request.request_id] = seq
         self._order.add(seq)
 
@@ -294,6 +297,7 @@ class Scheduler:
             if result.routing is not None:
                 seq.take_routing(result.routing, chunk.end)
             if result.error is not None:
+                self.num_corrupted += 1
                 events.append(self._finish(seq, result, "error"))
             elif result.token_id is not None:
                 seq.token_ids.append(result.token_id)
@@ -619,7 +623,7 @@ class Scheduler:
         first = seq.num_generated == (result.token_id is not None)
         timing = None
         if first and seq.scheduled_at is not None:
-            timing = Timing(arrival=seq.request.arrival, scheduled=seq.scheduled_at, first_token=time.monotonic())
+            timing = Timing(queued=seq.queued_at, scheduled=seq.scheduled_at, first_token=time.monotonic())
         by_stop_token = reason == "stop" and result.token_id in seq.request.params.stop_token_ids
         return TokenEvent(
             request_id=seq.request.request_id,

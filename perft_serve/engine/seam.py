@@ -84,6 +84,8 @@ class Seam:
 
     Without a KV cache it only notes what the model does: the shapes of keys and values of each layer (`kv_shapes`) and how
     many base experts a token takes (`base_top_k`).
+
+    While `routes` is a list, the adapter experts of each MoE block's tokens are added to it: the block's number and ids_TX.
     """
 
     def __init__(self) -> None:
@@ -93,6 +95,7 @@ class Seam:
         self.kv_shapes: dict[int, tuple[int, int, int]] = {}
         self.base_top_k = 0
         self.routed: dict[int, tuple[Tensor, Tensor]] = {}  # ids and weights `[R, X]`, by the block's ordinal
+        self.routes: list[tuple[int, Tensor]] | None = None
 
     def attend(
         self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, scale: float, window: int | None, sinks: Any
@@ -139,6 +142,8 @@ class Seam:
         if batch.routed_rows:
             rows = torch.tensor(batch.routed_rows, device=ids_TX.device)
             self.routed[ordinal] = (ids_TX[rows], weights_TX[rows])
+        if self.routes is not None:
+            self.routes.append((ordinal, ids_TX))
         out_TD = routed_units(
             y.view(-1, y.shape[-1]),
             h_TD,

@@ -20,6 +20,7 @@ class Sequence:
     Attributes:
         number: counts arrivals.
         token_ids: the prompt, then what was generated.
+        queued_at, scheduled_at: when it came, and when it first became part of a step (`time.monotonic()`).
         num_computed: tokens whose keys and values are in the KV cache.
         pages: the KV pages held, in order.
         lease: its hold on its adapter, from the moment it is chosen to start until it is over.
@@ -43,6 +44,7 @@ class Sequence:
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    queued_at: float = 0.0
     scheduled_at: float | None = None
     lease: Lease | None = None
     adapter_slot: int = -1

@@ -6,6 +6,7 @@ In: a running engine client. Out: `build_app(...)`, an ASGI application as a val
 from __future__ import annotations
 
 import re
+import time
 from typing import Annotated, Any
 
 import msgspec
@@ -32,7 +33,7 @@ from perft_serve.server.completions import CompletionEndpoint
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.errors import ApiError, to_api_error
 from perft_serve.server.keys import OPERATOR
-from perft_serve.server.metrics import CONTENT_TYPE, Metrics
+from perft_serve.server.metrics import CONTENT_TYPE, UNKNOWN, Metrics
 from perft_serve.server.models import ModelNames
 from perft_serve.server.protocol import (
     AdapterCard,
@@ -247,6 +248,7 @@ class Surroundings:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        began = time.monotonic()
         request_id = new_request_id()
         given = Headers(scope=scope)
         client_id = given.get("x-client-request-id") or given.get("x-request-id") or ""
@@ -274,7 +276,8 @@ class Surroundings:
             await response(scope, receive, send_with_id)
         finally:
             route = scope.get("route")
-            self._metrics.count_http(getattr(route, "path", "<unknown>"), status)
+            handler = getattr(route, "path", UNKNOWN)
+            self._metrics.count_http(handler, scope["method"], status, time.monotonic() - began)
 
 
 async def _reply_to(request: Request, error: Exception) -> Response:

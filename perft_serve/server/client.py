@@ -187,6 +187,7 @@ class EngineClient:
         self._metrics = metrics
         self._max_open_requests = config.max_open_requests
         self._max_tenant_requests = config.max_tenant_requests or config.max_open_requests
+        self._engine_config = engine_config
         self._supervisor = Supervisor(engine_config, config, self, command=command)
         # Where the supervisor's reports go; before there is a loop, nobody else is there and its own thread takes them
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -264,19 +265,25 @@ class EngineClient:
             TenantBusyError: too many of the tenant's requests are open.
             RequestError: these are more than may ever be open at a time.
         """
-        link = self._present_link()
+        try:
+            link = self._present_link()
+        except EngineDeadError:
+            self._metrics.count_rejection("engine_down")
+            raise
         self.check_number(len(requests))
         if self._num_open + len(requests) > self._max_open_requests:
+            self._metrics.count_rejection("busy")
             raise EngineBusyError(f"{self._num_open} completions are running or waiting: try again later")
         tenant = requests[0].tenant
         if self._num_open_of[tenant] + len(requests) > self._max_tenant_requests:
+            self._metrics.count_rejection("tenant_busy")
             raise TenantBusyError(
                 f"{self._num_open_of[tenant]} of your completions are running or waiting, and no more than "
                 f"{self._max_tenant_requests} may: try again when some have ended"
             )
         assert not any(request.request_id in self._streams for request in requests), "a request's id is in use"
         link.send(Submit(requests=list(requests)))
-        stream = EventStream(self, {request.request_id: self._metrics.track(request) for request in requests}, tenant)
+        stream = EventStream(self, self._metrics.track(requests), tenant)
         for request in requests:
             self._streams[request.request_id] = stream
         self._num_open += len(requests)
@@ -291,6 +298,7 @@ class EngineClient:
         """
         most = min(self._max_open_requests, self._max_tenant_requests)
         if num_requests > most:
+            self._metrics.count_rejection("too_many")
             raise RequestError(f"{num_requests} completions asked for at once, but this server runs at most {most}")
 
     def status(self, name: str) -> AdapterStatus:
@@ -438,6 +446,8 @@ class EngineClient:
         if self._num_outputs % _STEPS_PER_DELIVERED == 0:
             link.send(Delivered(num_outputs=self._num_outputs))
         self._stats = output.stats
+        if output.counts is not None:
+            self._metrics.count_engine(output.counts)
         for event in output.events:
             stream = self._streams.get(event.request_id)
             if stream is None:  # aborted meanwhile
@@ -448,6 +458,7 @@ class EngineClient:
         for refusal in output.refused:
             stream = self._streams.get(refusal.request_id)
             if stream is not None:
+                self._metrics.count_rejection("internal" if refusal.internal else "refused")
                 stream._fail(_refused(refusal))
         for status in output.adapters:
             self._note(status)
@@ -526,6 +537,7 @@ class EngineClient:
         self._let_go_of_dropped()
         return EngineReading(
             stats=self.stats(),
+            config=self._engine_config,
             is_up=self.engine_state == "ready",
             num_restarts=self.num_restarts,
             num_adapters=num_adapters,

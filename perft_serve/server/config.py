@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from perft_serve.server.keys import parse_keys
+
+_METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +56,23 @@ class ServerConfig:
         },
     )
     max_adapter_labels: int = field(
-        default=100, metadata={"help": "The most adapters that have metrics of their own; the rest share one label."}
+        default=50,
+        metadata={"help": "The most adapters that have metrics of their own, by traffic; the rest share one label."},
+    )
+    adapter_labels: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "An adapter that has metrics of its own whatever its traffic; may be given several times.",
+            "option": "adapter-label",
+            "metavar": "NAME",
+        },
+    )
+    lora_info_metric: str = field(
+        default="perft_lora_requests_info",
+        metadata={
+            "help": "Name of the gauge from which Kubernetes' inference gateway learns which adapters run here "
+            "(its own default is vllm:lora_requests_info)."
+        },
     )
     shutdown_timeout: int = field(
         default=30, metadata={"help": "Seconds that requests in flight may still take after a signal to stop."}
@@ -122,3 +141,5 @@ class ServerConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if _METRIC_NAME.fullmatch(self.lora_info_metric) is None:
+            raise ValueError(f"lora_info_metric must be the name of a metric, got {self.lora_info_metric!r}")

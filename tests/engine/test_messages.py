@@ -14,6 +14,7 @@ import pytest
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.status import AdapterMemory, AdapterStatus
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.counts import EngineCounts, Gain, RouterBalance
 from perft_serve.engine.events import EngineRequest, EngineStats, Routing, Timing, TokenEvent, TokenLogprobs
 from perft_serve.engine.limits import Limits
 from perft_serve.engine.messages import (
@@ -104,7 +105,7 @@ EVENT = TokenEvent(
     prompt_logprobs=(None, LOGPROBS),
     finish_reason="stop",
     stop_reason=5,
-    timing=Timing(arrival=0.1, scheduled=0.2, first_token=0.3),
+    timing=Timing(queued=0.1, scheduled=0.2, first_token=0.3),
     num_cached_tokens=16,
     adapter_digest="0123",
     routing=Routing(start=3, layers=(0, 5), width=2, ids=bytes(16), weights=b"\xff" * 16),
@@ -133,6 +134,11 @@ REPORTS: list[Report] = [
         ],
         replies=[Reply(number=1), Reply(number=2, error="why")],
         adapters=[STATUS],
+        counts=EngineCounts(
+            gains={"page_idle": Gain(((3, 1 << 40), (21, 1)), 0.5)},
+            num_corrupted=1,
+            balances=(RouterBalance(adapter="a", entropy=0.5),),
+        ),
     ),
     StepOutput(stats=EngineStats()),
     Heartbeat(busy_seconds=0.5),

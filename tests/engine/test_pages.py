@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from planning import World
 
-from perft_serve.engine.pages import PagePool, page_hash, root_hash
+from perft_serve.engine.pages import WATCHED_OF, PagePool, page_hash, root_hash
 
 
 def known(pool: PagePool, hashes: list[bytes]) -> list[int]:
@@ -198,3 +198,22 @@ def test_off_means_off() -> None:
     assert cached_tokens(world, 14) == 0
     assert cached_tokens(world, 14) == 0
     assert world.scheduler.prefix_queries == 0
+
+
+def test_the_ages_of_pages_are_told_of_some() -> None:
+    told: dict[str, list[float]] = {"page_lifetime": [], "page_idle": [], "page_reuse_gap": []}
+    pool = PagePool(WATCHED_OF, 4, observe=lambda name, seconds: told[name].append(seconds))
+    pages = pool.take(WATCHED_OF)
+    assert pages is not None
+    for page in pages:
+        pool.publish(page, bytes([page]))
+    pool.give(pages)
+    found = pool.find([bytes([WATCHED_OF]), bytes([1])])
+    assert found == [WATCHED_OF, 1]
+    assert pool.take(0, found) == []
+    assert [len(ages) for ages in told.values()] == [0, 0, 1], "one of the two is watched"
+    pool.give(found)
+    assert pool.take(WATCHED_OF) is not None
+    assert [len(ages) for ages in told.values()] == [1, 1, 1]
+    (lifetime,), (idle,), (gap,) = told.values()
+    assert lifetime >= idle + gap >= idle >= 0
