@@ -28,12 +28,12 @@ from perft.demo_base import build_demo_base
 from perft_serve.adapters.catalog import AdapterCatalog
 from perft_serve.adapters.sources import SourcePolicy
 from perft_serve.engine.config import EngineConfig
-from perft_serve.engine.logs import log_to_stderr
+from perft_serve.engine.logs import LogFormat, log_to_stderr
 from perft_serve.server.app import build_app
 from perft_serve.server.client import EngineClient
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.connection import uvicorn_config
-from perft_serve.server.metrics import Metrics
+from perft_serve.server.metrics import UNKNOWN, Metrics
 from perft_serve.text import load_tokenizer
 
 DEMO_ADAPTERS = Path(__file__).parents[1] / "demo" / "adapters"
@@ -164,7 +164,7 @@ def _option_type(each: Field[Any], hint: Any) -> Any:
         return parse_size
     if hint in (int, int | None):
         return int
-    assert hint in (str, str | None), f"no option can be made of field {each.name}: {hint}"
+    assert hint in (str, str | None, LogFormat), f"no option can be made of field {each.name}: {hint}"
     return str
 
 
@@ -207,6 +207,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[
         ValueError: a setting, the base or an adapter cannot be used.
         OSError: the address cannot be listened on, or the base cannot be read.
     """
+    log_to_stderr(config.log_format)
     # Before the model is loaded, which may take minutes
     listener = _listen(config.host, config.port)
     with listener:
@@ -235,7 +236,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[
             port = listener.getsockname()[1]
             names = [ref.name for ref in client.catalog.page()]
             server = _Server(
-                uvicorn_config(app, config, lambda status: metrics.count_http("<unknown>", status)),
+                uvicorn_config(app, config, lambda status: metrics.count_http(UNKNOWN, UNKNOWN, status)),
                 announcement=_announcement(config.host, port, base_name, names, examples),
             )
             _run(server, listener)

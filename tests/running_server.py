@@ -23,7 +23,7 @@ from perft_serve.server.app import build_app
 from perft_serve.server.client import EngineClient
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.connection import uvicorn_config
-from perft_serve.server.metrics import Metrics
+from perft_serve.server.metrics import UNKNOWN, Metrics
 from perft_serve.text import load_tokenizer
 
 BASE = "tiny-mixtral"
@@ -87,7 +87,7 @@ def running_server(engine_config: EngineConfig, config: ServerConfig) -> Iterato
             tokenizer = load_tokenizer(engine_config.model)
             sources = SourcePolicy(allowed=config.allow_adapter_sources, adapter_dir=engine_config.adapter_dir)
             app = build_app(client, tokenizer, metrics, config, base_name=BASE, sources=sources, version="0.0.0")
-            wire = uvicorn_config(app, config, lambda status: metrics.count_http("<unknown>", status))
+            wire = uvicorn_config(app, config, lambda status: metrics.count_http(UNKNOWN, UNKNOWN, status))
             with _serving(wire) as url, httpx.Client(base_url=url, timeout=30) as http:
                 yield RunningServer(url=url, client=client, knobs=knobs, http=http)
         finally:

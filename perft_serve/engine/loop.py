@@ -135,6 +135,7 @@ def run_process(arguments: Sequence[str], build: Build) -> int:
 def _serve(commands: zmq.Socket[bytes], reports: zmq.Socket[bytes], pulse: Pulse, build: Build) -> int:
     start = decode_command(commands.recv())
     assert isinstance(start, Start), f"the first command is {start}"
+    log_to_stderr(start.log_format)
     bell = Bell()
     try:
         engine = build(start.config, bell.ring)
@@ -278,7 +279,7 @@ class EngineLoop:
                 param = error.param if isinstance(error, RequestError) else "model"
                 refused.append(Refusal(request_id=request.request_id, reason=str(error), param=param))
             except Exception:  # it becomes the reply to this one request
-                logger.exception("request %s cannot be submitted", request.request_id)
+                logger.exception("a request cannot be submitted", extra={"request_id": request.request_id})
                 refused.append(Refusal(request_id=request.request_id, reason="internal error", internal=True))
         return refused
 

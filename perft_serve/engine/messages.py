@@ -19,6 +19,7 @@ from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.counts import EngineCounts
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
 from perft_serve.engine.limits import Limits
+from perft_serve.engine.logs import LogFormat
 
 
 class MessageError(Exception):
@@ -29,6 +30,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Build the engine. The first command."""
 
     config: EngineConfig
+    log_format: LogFormat = "text"
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from perft.errors import AdapterError
 from perft_serve.adapters.sources import SourcePolicy
+from perft_serve.engine import logs
 from perft_serve.engine.params import RequestError
 from perft_serve.server import openapi
 from perft_serve.server.adapters import AdapterEndpoints
@@ -32,6 +33,7 @@ from perft_serve.server.client import EngineBusyError, EngineClient, EngineDeadE
 from perft_serve.server.completions import CompletionEndpoint
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.errors import ApiError, to_api_error
+from perft_serve.server.exchange import Exchange
 from perft_serve.server.keys import OPERATOR
 from perft_serve.server.metrics import CONTENT_TYPE, UNKNOWN, Metrics
 from perft_serve.server.models import ModelNames
@@ -168,7 +170,7 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-client-request-id", "retry-after"],
         )
-    app.add_middleware(Surroundings, metrics=metrics)
+    app.add_middleware(Surroundings, metrics=metrics, access_log=config.access_log == "on")
 
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -233,28 +235,32 @@ class _Status:
 
 
 class Surroundings:
-    """ASGI middleware: an id for each request, a count of it, and a reply whatever happens.
+    """ASGI middleware: an id for each request, a count of it, a line in the log, and a reply whatever happens.
 
     The id is `request.state.request_id`, the header `x-request-id`, and part of a completion's `id`. It is always ours: what a
     client calls its request (`x-client-request-id` or `x-request-id`) could be anybody's. If that is short and plain, it is
     `request.state.client_request_id`, and goes back as `x-client-request-id`.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, access_log: bool) -> None:
         self._app = app
         self._metrics = metrics
+        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.monotonic()
         request_id = new_request_id()
+        exchange = Exchange(request_id)
         given = Headers(scope=scope)
         client_id = given.get("x-client-request-id") or given.get("x-request-id") or ""
         if not _CLIENT_REQUEST_ID.fullmatch(client_id):
             client_id = ""
-        scope.setdefault("state", {}).update(request_id=request_id, client_request_id=client_id, tenant=OPERATOR)
+        scope.setdefault("state", {}).update(
+            request_id=request_id, client_request_id=client_id, tenant=OPERATOR, exchange=exchange
+        )
+        current = logs.request_id.set(request_id)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -277,7 +283,11 @@ class Surroundings:
         finally:
             route = scope.get("route")
             handler = getattr(route, "path", UNKNOWN)
-            self._metrics.count_http(handler, scope["method"], status, time.monotonic() - began)
+            seconds = time.monotonic() - exchange.began
+            self._metrics.count_http(handler, scope["method"], status, seconds)
+            if self._access_log:
+                exchange.log(scope, status, seconds)
+            logs.request_id.reset(current)
 
 
 async def _reply_to(request: Request, error: Exception) -> Response:

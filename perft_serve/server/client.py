@@ -75,6 +75,7 @@ class EventStream:
 
     def __init__(self, client: EngineClient, recorders: dict[str, RequestRecorder], tenant: str) -> None:
         self._client = client
+        self.recorders = tuple(recorders.values())
         self._open = recorders
         self._tenant = tenant
         self._num_requests = len(recorders)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import get_args
 
+from perft_serve.engine.logs import LogFormat
 from perft_serve.server.keys import parse_keys
 
 _METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
@@ -120,6 +122,14 @@ class ServerConfig:
             "metavar": "ORIGIN",
         },
     )
+    log_format: LogFormat = field(
+        default="text",
+        metadata={"help": "text or json: how server and engine log, to stderr.", "choices": get_args(LogFormat)},
+    )
+    access_log: str = field(
+        default="on",
+        metadata={"help": "on or off: log a line for each request that was answered.", "choices": ("on", "off")},
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -141,5 +151,9 @@ class ServerConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.log_format not in get_args(LogFormat):
+            raise ValueError(f"log_format must be 'text' or 'json', got {self.log_format!r}")
+        if self.access_log not in ("on", "off"):
+            raise ValueError(f"access_log must be 'on' or 'off', got {self.access_log!r}")
         if _METRIC_NAME.fullmatch(self.lora_info_metric) is None:
             raise ValueError(f"lora_info_metric must be the name of a metric, got {self.lora_info_metric!r}")

@@ -39,6 +39,7 @@ def uvicorn_config(app: Any, config: ServerConfig, refused: Callable[[int], None
         ws="none",
         h11_max_incomplete_event_size=config.max_header_size,
         log_config=None,
+        access_log=False,
         server_header=False,
         timeout_graceful_shutdown=config.shutdown_timeout,
     )

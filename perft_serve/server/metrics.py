@@ -9,9 +9,9 @@ Nothing here is `prometheus_client`'s but the format: each token costs one `bise
 that when Prometheus asks.
 
 Adapters may be thousands, values of a label may not. So many adapters as `max_adapter_labels` have series of their own, the
-rest share `<other>`: first come first, later those with the most traffic. What is counted goes to the series that its adapter has
-at that moment, so each of them, and the sum over all, only grows. An adapter that loses its label keeps its series, unseen, and
-goes on with it should it come back: to Prometheus that is a pause, neither a reset nor a jump of the others.
+rest share `<other>`: first come first, later those with the most traffic. What is counted goes to the series that its adapter
+has at that moment, so each of them, and the sum over all, only grows. An adapter that loses its label keeps its series, unseen,
+and goes on with it should it come back: to Prometheus that is a pause, neither a reset nor a jump of the others.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ OTHER_LABEL = "<other>"
 UNKNOWN = "<unknown>"
 
 Rejection = Literal["busy", "tenant_busy", "too_many", "engine_down", "refused", "internal"]
-"""Why a request did not get into the engine: too many were open; or too many of its tenant's; it asks for more completions than may ever be open; there was
-no engine; the engine found something wrong with it; a bug.
+"""Why a request did not get into the engine: too many were open, or too many of its tenant's; it asks for more completions than
+may ever be open; there was no engine; the engine found something wrong with it; a bug.
 """
 
 FIRST_TOKEN_BUCKETS = (
@@ -263,15 +263,16 @@ class Metrics:
         """A request did not get into the engine."""
         self._rejections[reason] += 1
 
-    def count_http(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """One HTTP request has been answered; `handler` is its route's template."""
+    def count_http(self, handler: str, method: str, status: int, seconds: float | None = None) -> None:
+        """One HTTP request has been answered; `handler` is its route's template. `seconds`: it took, if it came so far."""
         method = method if method in _METHODS else UNKNOWN
         key = (handler, method, status)
         self._http[key] = self._http.get(key, 0) + 1
-        histogram = self._http_seconds.get((handler, method))
-        if histogram is None:
-            histogram = self._http_seconds[handler, method] = Histogram(_HTTP_BUCKETS)
-        histogram.observe(seconds)
+        if seconds is not None:
+            histogram = self._http_seconds.get((handler, method))
+            if histogram is None:
+                histogram = self._http_seconds[handler, method] = Histogram(_HTTP_BUCKETS)
+            histogram.observe(seconds)
 
     def count_engine(self, counts: EngineCounts) -> None:
         """What the engine has counted since it last said so."""

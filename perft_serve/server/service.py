@@ -26,6 +26,7 @@ from perft_serve.outputs import CompletionStream, Delta, token_routing
 from perft_serve.server.client import EngineClient, EventStream
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.errors import ApiError
+from perft_serve.server.exchange import exchange_of
 from perft_serve.server.models import ModelNames
 from perft_serve.server.protocol import PromptTokensDetails, RequestT, Routing, Usage, parse_request
 from perft_serve.server.sse import CLIENT_CLOSED_REQUEST, EventStreamResponse, until_disconnect
@@ -281,7 +282,9 @@ class Service:
         def submit() -> EventStream:
             # Once more: while the prompt was encoded, the adapter may have been reloaded or deleted, and a version that has
             # been let go takes no new requests.
-            return self.client.submit(generation.requests_for(self.models.resolve(model)))
+            stream = self.client.submit(generation.requests_for(self.models.resolve(model)))
+            exchange_of(request).follow(model, stream.recorders)
+            return stream
 
         if generation.streams:
             return EventStreamResponse(

@@ -312,7 +312,7 @@ class Supervisor:
         try:
             link = EngineLink(self._command, self._bell)
             self.pid = link.pid
-            link.send(Start(config=self._engine_config))
+            link.send(Start(config=self._engine_config, log_format=self._config.log_format))
             self._follow(link)
         except Exception as error:  # whatever it is, the listener must know, and another engine may do better
             if not isinstance(error, _KNOWN_ERRORS):
