@@ -34,6 +34,7 @@ from perft_serve.server.client import EngineClient
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.connection import uvicorn_config
 from perft_serve.server.metrics import UNKNOWN, Metrics
+from perft_serve.server.tracing import start_tracing
 from perft_serve.text import load_tokenizer
 
 DEMO_ADAPTERS = Path(__file__).parents[1] / "demo" / "adapters"
@@ -212,6 +213,14 @@ def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[
     listener = _listen(config.host, config.port)
     with listener:
         tokenizer = load_tokenizer(engine_config.model)
+        tracing = None
+        if config.otlp_traces_endpoint is not None:
+            tracing = start_tracing(
+                config.otlp_traces_endpoint,
+                version=version("perft-serve"),
+                tokenizer=tokenizer,
+                with_prompts=config.trace_prompts == "on",
+            )
         metrics = Metrics(
             CollectorRegistry(),
             max_adapter_labels=config.max_adapter_labels,
@@ -232,6 +241,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[
                 base_name=base_name,
                 sources=SourcePolicy(allowed=config.allow_adapter_sources, adapter_dir=engine_config.adapter_dir),
                 version=version("perft-serve"),
+                tracing=tracing,
             )
             port = listener.getsockname()[1]
             names = [ref.name for ref in client.catalog.page()]
@@ -242,6 +252,8 @@ def serve(engine_config: EngineConfig, config: ServerConfig, examples: Sequence[
             _run(server, listener)
         finally:
             client.close()
+            if tracing is not None:
+                tracing.close()
 
 
 class _Server(uvicorn.Server):

@@ -24,6 +24,7 @@ from perft_serve.server.client import EngineClient
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.connection import uvicorn_config
 from perft_serve.server.metrics import UNKNOWN, Metrics
+from perft_serve.server.tracing import Tracing
 from perft_serve.text import load_tokenizer
 
 BASE = "tiny-mixtral"
@@ -76,7 +77,9 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(engine_config: EngineConfig, config: ServerConfig) -> Iterator[RunningServer]:
+def running_server(
+    engine_config: EngineConfig, config: ServerConfig, tracing: Tracing | None = None
+) -> Iterator[RunningServer]:
     """Runs a server as long as the block."""
     with tempfile.TemporaryDirectory() as folder:
         knobs = Knobs(Path(folder) / "knobs.json")
@@ -86,7 +89,16 @@ def running_server(engine_config: EngineConfig, config: ServerConfig) -> Iterato
             client.start()
             tokenizer = load_tokenizer(engine_config.model)
             sources = SourcePolicy(allowed=config.allow_adapter_sources, adapter_dir=engine_config.adapter_dir)
-            app = build_app(client, tokenizer, metrics, config, base_name=BASE, sources=sources, version="0.0.0")
+            app = build_app(
+                client,
+                tokenizer,
+                metrics,
+                config,
+                base_name=BASE,
+                sources=sources,
+                version="0.0.0",
+                tracing=tracing,
+            )
             wire = uvicorn_config(app, config, lambda status: metrics.count_http(UNKNOWN, UNKNOWN, status))
             with _serving(wire) as url, httpx.Client(base_url=url, timeout=30) as http:
                 yield RunningServer(url=url, client=client, knobs=knobs, http=http)

@@ -60,6 +60,7 @@ from perft_serve.server.protocol import (
 from perft_serve.server.service import Service, new_request_id
 from perft_serve.server.sse import CLIENT_CLOSED_REQUEST
 from perft_serve.server.tokenization import TokenizationEndpoints
+from perft_serve.server.tracing import OPERATIONS, Tracing
 from perft_serve.text import TextTokenizer
 
 # What is answered with an envelope where it was raised; anything else is caught by `Surroundings`.
@@ -86,6 +87,7 @@ def build_app(
     base_name: str,
     sources: SourcePolicy,
     version: str,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -95,6 +97,7 @@ def build_app(
         base_name: the base's name in requests.
         sources: where clients may have adapters loaded from.
         version: of this project.
+        tracing: where requests to generate leave spans; the caller closes it.
 
     Raises:
         ValueError: an adapter has the base's name.
@@ -170,7 +173,7 @@ def build_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-client-request-id", "retry-after"],
         )
-    app.add_middleware(Surroundings, metrics=metrics, access_log=config.access_log == "on")
+    app.add_middleware(Surroundings, metrics=metrics, access_log=config.access_log == "on", tracing=tracing)
 
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -242,10 +245,11 @@ class Surroundings:
     `request.state.client_request_id`, and goes back as `x-client-request-id`.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, *, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, *, access_log: bool, tracing: Tracing | None) -> None:
         self._app = app
         self._metrics = metrics
         self._access_log = access_log
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -287,6 +291,8 @@ class Surroundings:
             self._metrics.count_http(handler, scope["method"], status, seconds)
             if self._access_log:
                 exchange.log(scope, status, seconds)
+            if self._tracing is not None and handler in OPERATIONS:
+                self._tracing.record(scope, exchange, handler, status, seconds)
             logs.request_id.reset(current)
 
 

@@ -131,6 +131,17 @@ class ServerConfig:
         metadata={"help": "on or off: log a line for each request that was answered.", "choices": ("on", "off")},
     )
 
+    otlp_traces_endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL that takes OpenTelemetry traces over HTTP, such as http://localhost:4318/v1/traces (default: no "
+            "traces); needs the extra otel."
+        },
+    )
+    trace_prompts: str = field(
+        default="off", metadata={"help": "on or off: traces carry the prompts' text.", "choices": ("on", "off")}
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
@@ -153,7 +164,12 @@ class ServerConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.log_format not in get_args(LogFormat):
             raise ValueError(f"log_format must be 'text' or 'json', got {self.log_format!r}")
-        if self.access_log not in ("on", "off"):
-            raise ValueError(f"access_log must be 'on' or 'off', got {self.access_log!r}")
+        for name in ("access_log", "trace_prompts"):
+            if getattr(self, name) not in ("on", "off"):
+                raise ValueError(f"{name} must be 'on' or 'off', got {getattr(self, name)!r}")
+        if self.trace_prompts == "on" and self.otlp_traces_endpoint is None:
+            raise ValueError("trace_prompts needs otlp_traces_endpoint")
+        if self.otlp_traces_endpoint is not None and not self.otlp_traces_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint must be an http URL, got {self.otlp_traces_endpoint!r}")
         if _METRIC_NAME.fullmatch(self.lora_info_metric) is None:
             raise ValueError(f"lora_info_metric must be the name of a metric, got {self.lora_info_metric!r}")
