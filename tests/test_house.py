@@ -267,7 +267,7 @@ def test_the_documents_name_only_targets_that_exist() -> None:
 
 
 def test_the_documents_name_only_files_that_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "bench/README.md"):
+    for document in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "bench/README.md", "deploy/README.md"):
         file = ROOT / document
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", file.read_text(encoding="utf-8")):
             assert link.startswith("https://") or (file.parent / link).exists(), f"{document}: {link}"
