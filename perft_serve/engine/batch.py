@@ -1,13 +1,15 @@
-"""A plan as tensors: here tensors begin. In: a `Plan`. Out: a `Batch` that the runner hands to model, seam and sampler."""
+"""A plan as tensors: here tensors begin. In: a `Plan`. Out: a `Batch` in host memory, which the runner brings to the device and
+hands to model, seam and sampler.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from perft_kernels.paged_attention import short_rows
+from perft_kernels.paged_attention import long_pieces, short_rows
 from perft_serve.engine.scheduler import Plan
 
 
@@ -23,6 +25,7 @@ class Batch:
         pages_BN: page table, 0 where a sequence has no more pages.
         num_queries, context_len: of each sequence, on the host.
         short_T: sequence of each token, -1 in long prefill chunks (`perft_kernels.paged_attention`).
+        long_Q3: the pieces of long prefill chunks.
         logit_rows: which tokens' logits are needed, ascending.
         routed_rows: of which tokens it is to be kept what adapter experts they take, ascending.
     """
@@ -34,13 +37,26 @@ class Batch:
     width: int
     pages_BN: Tensor
     short_T: Tensor
+    long_Q3: Tensor
     num_queries: tuple[int, ...]
     context_len: tuple[int, ...]
     logit_rows: tuple[int, ...]
     routed_rows: tuple[int, ...] = ()
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one token, and all logits are wanted."""
+        return len(self.tokens_T) == len(self.num_queries) == len(self.logit_rows)
 
-def build_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`."""
+        if device.type == "cpu":
+            return self
+        names = ("tokens_T", "positions_T", "slot_T", "adapter_T", "pages_BN", "short_T", "long_Q3")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def build_batch(plan: Plan, page_size: int) -> Batch:
     """The tensors of `plan`, which has at least one chunk."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -66,7 +82,7 @@ def build_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
             routed_rows += range(first_row + max(0, seq.next_routed - chunk.start), len(tokens))
 
     def ints(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+        return torch.tensor(values, dtype=torch.int64)
 
     num_queries = tuple(chunk.num_tokens for chunk in plan.chunks)
     table = [chunk.seq.pages + [0] * (num_pages - len(chunk.seq.pages)) for chunk in plan.chunks]
@@ -76,8 +92,9 @@ def build_batch(plan: Plan, page_size: int, device: torch.device) -> Batch:
         slot_T=ints(slots),
         adapter_T=ints(adapters),
         width=max(chunk.seq.width for chunk in plan.chunks),
-        pages_BN=torch.tensor(table, dtype=torch.int64, device=device),
+        pages_BN=torch.tensor(table, dtype=torch.int64),
         short_T=ints(short_rows(num_queries)),
+        long_Q3=torch.tensor(long_pieces(num_queries), dtype=torch.int64).view(-1, 3),
         num_queries=num_queries,
         context_len=tuple(chunk.end for chunk in plan.chunks),
         logit_rows=tuple(logit_rows),

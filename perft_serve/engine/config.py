@@ -66,7 +66,14 @@ class EngineConfig:
             "choices": ("on", "off"),
         },
     )
-
+    cuda_graphs: str = field(
+        default="lazy",
+        metadata={
+            "help": "off, lazy or start: on a GPU, capture decode steps and replay them: each size when it first comes, or all "
+            "of them at the start.",
+            "choices": ("off", "lazy", "start"),
+        },
+    )
     scheduling_policy: str = field(
         default="fcfs",
         metadata={
@@ -86,6 +93,8 @@ class EngineConfig:
                 raise ValueError(f"{name} must be 'on' or 'off', got {getattr(self, name)!r}")
         if self.scheduling_policy not in ("fcfs", "priority"):
             raise ValueError(f"scheduling_policy must be 'fcfs' or 'priority', got {self.scheduling_policy!r}")
+        if self.cuda_graphs not in ("off", "lazy", "start"):
+            raise ValueError(f"cuda_graphs must be 'off', 'lazy' or 'start', got {self.cuda_graphs!r}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len must be at least 2, got {self.max_model_len}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from perft_kernels.native import library
 from perft_kernels.program import Program, RecordingError, Workspace, record
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch
+from perft_serve.engine.decode_inputs import DecodeInputs, width_class
 
 logger = logging.getLogger(__name__)
 
@@ -46,46 +46,24 @@ class DecodePrograms:
         self._workspace = Workspace()
         self._programs: OrderedDict[tuple[int, int], Program] = OrderedDict()  # by tokens and width; latest used last
         self._refused = False
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64)
-
-        self._rows_T = torch.arange(max_num_seqs)
-        # what every program reads, the first rows of each
-        self._inputs = Batch(
-            tokens_T=zeros(max_num_seqs),
-            positions_T=zeros(max_num_seqs),
-            slot_T=zeros(max_num_seqs),
-            adapter_T=zeros(max_num_seqs),
-            width=0,
-            pages_BN=zeros(max_num_seqs, max_pages),
-            short_T=self._rows_T,
-            num_queries=(1,) * max_num_seqs,
-            context_len=(1,) * max_num_seqs,
-            logit_rows=(),
-        )
+        self._inputs = DecodeInputs(max_num_seqs, max_pages, torch.device("cpu"))
 
     def run(self, batch: Batch) -> Tensor | None:
         """Logits `[B, V]` in float32, good until the next call; `None` if there is no program for such a batch."""
         num_seqs = len(batch.num_queries)
-        is_decode = len(batch.tokens_T) == num_seqs and batch.logit_rows == tuple(range(num_seqs))
-        # what a program computes on its way nobody sees
-        if not is_decode or batch.routed_rows or self._refused or self._kernels is None:
+        if not batch.is_decode or self._refused or self._kernels is None:
             return None
         if self._arena.rule_A6 is not self._tables[0] or self._arena.rank_LE is not self._tables[1]:
             self._programs.clear()
             self._tables = (self._arena.rule_A6, self._arena.rank_LE)
-        # slots that an adapter does not need cost next to nothing, programs do
-        width = 1 << (batch.width - 1).bit_length() if batch.width else 0
-        inputs = self._first(num_seqs, width)
-        for name in ("tokens_T", "positions_T", "slot_T", "adapter_T"):
-            getattr(inputs, name).copy_(getattr(batch, name))
-        inputs.pages_BN[:, : batch.pages_BN.shape[1]] = batch.pages_BN
+        width = width_class(batch.width)
+        self._inputs.fill(batch, num_seqs)
+        inputs, rows_T = self._inputs.batch(num_seqs, width), self._inputs.rows_T[:num_seqs]
         key = (num_seqs, width)
         program = self._programs.get(key)
         if program is None:
             try:
-                program = record(lambda: self._forward(inputs, self._rows_T[:num_seqs]), self._kernels, self._workspace)
+                program = record(lambda: self._forward(inputs, rows_T), self._kernels, self._workspace)
             except RecordingError as error:
                 logger.info("decode steps go through Python, which is slower: %s", error)
                 self._refused = True
@@ -96,15 +74,3 @@ class DecodePrograms:
             return program.output  # recording has run it
         self._programs.move_to_end(key)
         return program.run()
-
-    def _first(self, num_seqs: int, width: int) -> Batch:
-        whole = self._inputs
-        return replace(
-            whole,
-            **{name: getattr(whole, name)[:num_seqs] for name in ("tokens_T", "positions_T", "slot_T", "adapter_T")},
-            width=width,
-            pages_BN=whole.pages_BN[:num_seqs],
-            short_T=whole.short_T[:num_seqs],
-            num_queries=whole.num_queries[:num_seqs],
-            context_len=whole.context_len[:num_seqs],
-        )

@@ -19,8 +19,10 @@ from perft.moe import find_moe_blocks
 from perft_kernels.adapter_router import RULE_FIRST_EXPERT
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.balance import Balances
+from perft_serve.engine.base_experts import use_kernels
 from perft_serve.engine.batch import Batch, build_batch
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from perft_serve.engine.decode_programs import DecodePrograms
 from perft_serve.engine.digest import base_digest
 from perft_serve.engine.events import Routing, TokenLogprobs
@@ -66,6 +68,7 @@ class Runner:
         self._editor = LogitEditor(self.eos_token_ids, self.vocab_size, self.device)
         blocks = find_moe_blocks(self._model)
         pack(self._model, blocks)
+        use_kernels(self._model, blocks)
         self._seam = Seam()
         install(self._model, blocks, self._seam)
         shapes = self._kv_shapes(text_config)
@@ -89,31 +92,42 @@ class Runner:
             )
         self._cache = KvCache(shapes, self.num_pages, config.page_size, self.dtype, self.device)
         self._seam.cache = self._cache
-        self._programs = None
+        self._programs: DecodePrograms | DecodeGraphs | None = None
+        sizes = {"max_num_seqs": config.max_num_seqs, "max_pages": self._max_pages(config)}
         if self.device.type == "cpu" and config.decode_programs == "on":
-            self._programs = DecodePrograms(
-                self._forward,
-                self.arena,
-                max_num_seqs=config.max_num_seqs,
-                max_pages=min(self.num_pages, -(-(self.max_position_embeddings or self.num_pages) // config.page_size)),
-            )
+            self._programs = DecodePrograms(self._forward, self.arena, **sizes)
+        elif self.device.type == "cuda" and config.cuda_graphs != "off":
+            self._programs = self._graphs(CudaCapture(self.device), **sizes)
+            if config.cuda_graphs == "start":
+                with torch.inference_mode():
+                    self._programs.capture_all()
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[ChunkResult]:
         """Compute one step; the plan has at least one chunk."""
         self._cache.clear(plan.new_pages)
-        batch = build_batch(plan, self._page_size, self.device)
-        logits_NV = self._programs.run(batch) if self._programs is not None else None
+        batch = build_batch(plan, self._page_size)
+        # what is computed on the way of a recorded step, nobody sees
+        programs = None if batch.routed_rows else self._programs
+        logits_NV = None if programs is None else programs.run(batch)
         if logits_NV is None:
             # a chunk in the middle of a prompt needs no logits, but the model computes at least one row
             self._seam.routes = self.balances.begin(batch)
-            logits_NV = self._forward(batch, torch.tensor(batch.logit_rows or (0,), device=self.device))
+            logits_NV = self._forward(batch.to(self.device), torch.tensor(batch.logit_rows or (0,), device=self.device))
         self.computed_at = time.monotonic()
         results = self._results(plan, logits_NV)
         if self._seam.routes is not None:  # only now, when the step's tokens are there and nobody waits for the device
             self.balances.note(plan, self._seam.routes)
             self._seam.routes = None
         return self._with_routing(plan, results) if batch.routed_rows else results
+
+    def _graphs(self, capture: Capture, **sizes: int) -> DecodeGraphs:
+        return DecodeGraphs(self._forward, self.arena, capture, self.device, base_top_k=self._seam.base_top_k, **sizes)
+
+    def _max_pages(self, config: EngineConfig) -> int:
+        """The most pages that a sequence can have."""
+        longest = config.max_model_len or self.max_position_embeddings
+        return self.num_pages if longest is None else min(self.num_pages, -(-longest // config.page_size))
 
     def _forward(self, batch: Batch, rows: Tensor) -> Tensor:
         """float32 logits of the batch's tokens `rows`, `[N, V]`."""

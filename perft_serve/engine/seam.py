@@ -119,6 +119,7 @@ class Seam:
             scale=scale,
             window=window,
             sinks_H=sinks,
+            long_Q3=self.batch.long_Q3,
         )
 
     def add_delta(self, ordinal: int, y: Tensor, h: Tensor, base_ids_TK: Tensor, base_weights_TK: Tensor) -> Tensor:

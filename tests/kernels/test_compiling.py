@@ -17,7 +17,7 @@ BACKENDS = ("torch",)  # compiling has nothing to do with them
 def test_compiles(op: str) -> None:
     pytest.importorskip("triton")
     capability = max(TARGETS)
-    file = Path(__file__).parent / "compiling.py"
+    file = Path(__file__).parents[1] / "compiling.py"
     run = subprocess.run(
         [sys.executable, str(file), op, str(capability)],
         env={**os.environ, "TRITON_INTERPRET": "0"},

@@ -1,0 +1,87 @@
+"""Where recorded decode steps find their inputs: buffers on the device that stay where they are.
+
+In: the batch of a step that only decodes, in host memory. Out: the same batch in the first rows of the buffers, with as
+many rows of padding behind it as asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from perft_serve.engine.batch import Batch
+
+# A row of padding decodes token 0 at position 0 without an adapter. It has no pages: what it writes goes to page 0, which is
+# nobody's, and all rows of padding write the same.
+_PADDING = (0, 0, 0, -1)
+
+
+class DecodeInputs:
+    """The buffers.
+
+    Args:
+        max_num_seqs: the most rows.
+        max_pages: the most pages of one sequence.
+    """
+
+    def __init__(self, max_num_seqs: int, max_pages: int, device: torch.device) -> None:
+        self._max_num_seqs = max_num_seqs
+        on_gpu = device.type == "cuda"
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.rows_T = torch.arange(max_num_seqs, device=device)
+        self._numbers_4T = zeros(4, max_num_seqs)  # token, position, slot, adapter
+        self._pages_TN = zeros(max_num_seqs, max_pages)
+        self._no_pieces_Q3 = zeros(0, 3)
+        # on a GPU written in pinned memory first, and copied in two pieces without waiting
+        self._host = [t.cpu().pin_memory() for t in (self._numbers_4T, self._pages_TN)] if on_gpu else None
+
+    def tensors(self) -> list[Tensor]:
+        """All that a recorded step may read here."""
+        return [self._numbers_4T, self._pages_TN, self.rows_T, self._no_pieces_Q3]
+
+    def fill(self, batch: Batch, num_rows: int) -> None:
+        """Put the batch into the first rows, and padding into the others of the first `num_rows`.
+
+        The step before must be over: its tokens have been read.
+        """
+        numbers_4T, pages_TN = self._host or (self._numbers_4T, self._pages_TN)
+        num_seqs, width = batch.pages_BN.shape
+        for row, values in enumerate((batch.tokens_T, batch.positions_T, batch.slot_T, batch.adapter_T)):
+            numbers_4T[row, :num_seqs] = values
+        pages_TN[:num_seqs, :width] = batch.pages_BN
+        if num_rows > num_seqs:
+            for row, value in enumerate(_PADDING):
+                numbers_4T[row, num_seqs:num_rows] = value
+            pages_TN[num_seqs:num_rows] = 0
+        if self._host is not None:
+            self._numbers_4T.copy_(numbers_4T, non_blocking=True)
+            self._pages_TN[:num_rows].copy_(pages_TN[:num_rows], non_blocking=True)
+
+    def batch(self, num_rows: int, width: int) -> Batch:
+        """The first rows as a batch of sequences with one token each.
+
+        Args:
+            width: the most adapter experts that one token takes.
+        """
+        tokens_T, positions_T, slot_T, adapter_T = self._numbers_4T[:, :num_rows]
+        return Batch(
+            tokens_T=tokens_T,
+            positions_T=positions_T,
+            slot_T=slot_T,
+            adapter_T=adapter_T,
+            width=width,
+            pages_BN=self._pages_TN[:num_rows],
+            short_T=self.rows_T[:num_rows],
+            long_Q3=self._no_pieces_Q3,
+            num_queries=(1,) * num_rows,
+            context_len=(1,) * num_rows,
+            logit_rows=(),
+        )
+
+
+def width_class(width: int) -> int:
+    """Adapter experts a token for which a step is recorded: slots that nobody needs cost next to nothing, recordings do."""
+    return 1 << (width - 1).bit_length() if width else 0
