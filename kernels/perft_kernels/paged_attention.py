@@ -110,9 +110,21 @@ def paged_attention(
             pieces = long_pieces(num_queries)
             long_Q3 = torch.tensor(pieces, dtype=torch.int64, device=q_THC.device).view(-1, 3)
         has_short = any(n <= MAX_SHORT_QUERIES for n in num_queries)
+        q_THC = _with_whole_rows(q_THC)
         attend(
-            *(_with_whole_rows(q_THC), k_pages, v_pages, pages_BN, short_T, position_T),
-            *(long_Q3, _PIECE, has_short, scale, window, sinks_H, out_THC),
+            q_THC,
+            k_pages,
+            v_pages,
+            pages_BN,
+            short_T,
+            position_T,
+            long_Q3,
+            _PIECE,
+            has_short,
+            scale,
+            window,
+            sinks_H,
+            out_THC,
         )
         return out_THC
     kernels = native(q_THC, k_pages, v_pages)

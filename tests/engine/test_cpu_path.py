@@ -24,6 +24,7 @@ from transformers import (
 
 import perft_kernels.native
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.decode_programs import DecodePrograms
 from perft_serve.engine.engine import Engine
 from perft_serve.engine.events import EngineRequest
 
@@ -116,7 +117,7 @@ def test_programs_change_no_bit(base: Base, family: str) -> None:
     got = run(engine, requests)
     assert everything(got) == everything(run(base.engine(decode_programs="off"), requests))
     programs = engine._runner._programs
-    assert programs is not None
+    assert isinstance(programs, DecodePrograms)
     assert not programs._refused
     made = programs._programs
     assert len(made) > len(requests) // 2, "as batches shrink, each size has its program"

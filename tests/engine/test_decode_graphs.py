@@ -75,7 +75,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_engine(base: Path, generation: int = 0, **settings: Any) -> Engine:
-    defaults = {"max_num_seqs": 12, "kv_memory": 1 << 22, "adapter_memory": 1 << 20, "decode_programs": "off"}
+    defaults: dict[str, Any] = {
+        "max_num_seqs": 12,
+        "kv_memory": 1 << 22,
+        "adapter_memory": 1 << 20,
+        "decode_programs": "off",
+    }
     return Engine(
         EngineConfig(
             model=str(base / "base"),

@@ -124,7 +124,8 @@ class Sequences:
         lengths = [self.lengths[b] for b in which]
         out = paged_attention(
             torch.cat([self.queries[b][-n:] for b, n in zip(which, num_queries, strict=True)]).to(self.device),
-            *self.pages,
+            self.pages[0],
+            self.pages[1],
             ints([self.table[b] + [0] * (longest - len(self.table[b])) for b in which]),
             ints(short_rows(num_queries)),
             ints([p for n, length in zip(num_queries, lengths, strict=True) for p in range(length - n, length)]),

@@ -72,12 +72,8 @@ def test_paged_attention(frozen: FrozenStep) -> None:
     )
 
     def step() -> Tensor:
-        kv_write(k, v, *pages, slot)
-        return paged_attention(
-            *(q, *pages, table, rows, position, (1, 1), (1, 1)),
-            scale=0.25,
-            long_Q3=none,
-        )
+        kv_write(k, v, pages[0], pages[1], slot)
+        return paged_attention(q, pages[0], pages[1], table, rows, position, (1, 1), (1, 1), scale=0.25, long_Q3=none)
 
     rows, none = torch.arange(2), torch.zeros(0, 3, dtype=torch.int64)
 

@@ -50,8 +50,8 @@ class Case:
         if self.transposed:
             gate_up, down = gate_up.mT.contiguous(), down.mT.contiguous()
         biases = (random(self.num_experts, 2 * self.inner), random(self.num_experts, self.hidden))
-        found = {"gate_up": gate_up, "down": down}
-        found |= dict(zip(("gate_up_bias", "down_bias"), biases if self.bias else (None, None), strict=True))
+        found: dict[str, Any] = {"gate_up": gate_up, "down": down}
+        found |= dict(zip(("gate_up_bias", "down_bias"), biases if self.bias else (None, None), strict=True))  # type: ignore[arg-type]
         return {name: t if t is None else t.to(self.dtype) for name, t in found.items()}
 
     def inputs(self, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,7 +71,7 @@ class Case:
 
     def plain(self, h: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """One pair after the other."""
-        w = {name: None if t is None else t.float() for name, t in self.weights().items()}
+        w: dict[str, Any] = {name: None if t is None else t.float() for name, t in self.weights().items()}
         y = torch.zeros(h.shape)
         for t, k in itertools.product(range(ids.shape[0]), range(ids.shape[1])):
             e = int(ids[t, k])

@@ -1,0 +1,511 @@
+"""What only a GPU can show, on a random model of OLMoE-1B-7B's shape: that the engine is right, and how fast a step is.
+
+    python bench/gpu/step.py [PART ...] [--tiny]
+
+Parts, each a matter of minutes (README.md beside this file says what each should show):
+
+    oracle      the authors' own logits, through the engine (tests/engine/test_oracle.py)
+    tokens      float32: greedy tokens of the engine are those of Transformers, 32 prompts in one batch
+    bits        bfloat16: requests alone and among 64, graphs on: which tokens and log-probabilities differ in any bit
+    base        decode step of the base at batch 1 and 64, context 512: against the floor of the memory, and Transformers
+    adapters    decode step of 64 sequences on 64 adapters, PERFT-R and PERFT-E, against the base in the same engine
+    registered  decode step of 64 sequences on 64 adapters, with 64 and with 2,000 of them in memory
+    prefill     64 prompts of 512 tokens, each on its own adapter, against the base
+    experts     our base experts against Transformers' grouped_mm, from 1 to 8192 tokens
+
+The engine is driven as its server drives it, one `step` after the other, without HTTP. A part that should show something exact
+ends the run if it does not. `--tiny` runs the same on a tiny model, on a CPU too; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import CACHE, RESULTS, ROOT, surroundings, write_result
+from models import AdapterMaker
+
+from perft.config import Variant
+from perft_kernels.moe_experts import stored_experts
+from perft_serve.adapters.catalog import AdapterCatalog
+from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.engine import Engine
+from perft_serve.engine.events import EngineRequest, TokenEvent
+from perft_serve.engine.params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """A model's shape, and how much of everything is asked for."""
+
+    name: str
+    shape: dict[str, int]
+    batch: int = 64
+    context: int = 512
+    steps: int = 100
+    prompts: int = 32
+    registered: int = 2000
+    rank: int = 8
+    most_tokens: int = 8192
+    kv_memory: int = 12 << 30
+    copied_bytes: int = 1 << 30
+
+
+FULL = Size(name="olmoe-1b-7b", shape={})  # the defaults of OlmoeConfig are its shape
+TINY = Size(
+    name="olmoe-tiny",
+    shape={
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+    },
+    batch=4,
+    context=24,
+    steps=3,
+    prompts=3,
+    registered=6,
+    rank=2,
+    most_tokens=32,
+    kv_memory=1 << 22,
+    copied_bytes=1 << 20,
+)
+
+
+class Bench:
+    """A random model on disk, and what the parts do with it.
+
+    Args:
+        size: of the model and of all that is asked of it.
+        scratch: folder for the model, which stays there, and for adapters, which do not.
+    """
+
+    def __init__(self, size: Size, scratch: Path) -> None:
+        self.size, self.scratch = size, scratch
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.folder = scratch / f"random-{size.name}"
+        self.config = OlmoeConfig(
+            **size.shape,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+            tie_word_embeddings=False,
+            norm_topk_prob=False,
+        )
+        if not self.folder.exists():
+            torch.manual_seed(0)
+            torch.set_default_dtype(torch.bfloat16)
+            with self.device:
+                model = OlmoeForCausalLM(self.config)
+            torch.set_default_dtype(torch.float32)
+            partial = self.folder.with_name(f"{self.folder.name}.partial")
+            model.save_pretrained(partial)
+            partial.rename(self.folder)
+            del model
+            self.clean()
+
+    def clean(self) -> None:
+        """Give memory back."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def prompts(self, count: int, length: int, seed: int) -> list[list[int]]:
+        """Random token ids; no two prompts begin alike."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(self.config.vocab_size, (count, length), generator=generator).tolist()
+
+    @contextmanager
+    def engine(
+        self, adapters: dict[str, Path] | None = None, dtype: str = "bfloat16", **settings: Any
+    ) -> Iterator[Engine]:
+        """An engine with these adapters in its memory."""
+        size = self.size
+        adapters = adapters or {}
+        weight = sum(file.stat().st_size for path in adapters.values() for file in path.glob("*.safetensors"))
+        engine = Engine(
+            EngineConfig(
+                model=str(self.folder),
+                adapters={name: str(path) for name, path in adapters.items()},
+                dtype=dtype,
+                kv_memory=size.kv_memory,
+                adapter_memory=max(int(weight * 1.1), 1 << 20),
+                host_adapter_memory=max(int(weight * 1.1), 1 << 20),
+                max_num_seqs=size.batch,
+                max_num_batched_tokens=max(size.most_tokens, size.batch),
+                prefix_caching="off",
+                **settings,
+            )
+        )
+        try:
+            yield engine
+        finally:
+            engine.close()
+            del engine
+            self.clean()
+
+    def decode_ms(self, engine: Engine, names: Sequence[str | None], seed: int) -> float:
+        """Milliseconds of a decode step of so many sequences at a context of `context`, median of three rounds."""
+        size, times = self.size, []
+        for round_ in range(3):
+            prompts = self.prompts(len(names), size.context, seed + round_)
+            requests = [
+                make_request(str(i), prompt, name, size.steps + 8)
+                for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+            ]
+            for request in requests:
+                engine.submit(request)
+            started: set[str] = set()
+            while len(started) < len(requests):
+                started |= {event.request_id for event in checked(engine.step())}
+            for _ in range(2):  # compiles and captures what is new
+                engine.step()
+            self.synchronize()
+            start = time.perf_counter()
+            for _ in range(size.steps):
+                events = checked(engine.step())
+                assert len(events) == len(requests)
+            times.append((time.perf_counter() - start) / size.steps * 1e3)
+            engine.abort_all()
+        return median(times)
+
+    def adapters(self, count: int, folder: str, variant: Variant, rank: int | None = None) -> dict[str, Path]:
+        """Random adapters."""
+        return AdapterMaker(self.folder).make(count, Path(folder), variant=variant, r=rank or self.size.rank)
+
+
+def make_request(request_id: str, prompt: Sequence[int], name: str | None, max_tokens: int) -> EngineRequest:
+    """A greedy request with log-probabilities of its own tokens only where `max_tokens` is small."""
+    return EngineRequest(
+        request_id=request_id,
+        prompt_ids=tuple(prompt),
+        adapter=None if name is None else AdapterCatalog({name: "given at the start"}).resolve(name),
+        params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+    )
+
+
+def checked(events: list[TokenEvent]) -> list[TokenEvent]:
+    """The events, none of which is an error."""
+    for event in events:
+        if event.error is not None:
+            raise SystemExit(f"step: request {event.request_id}: {event.error}")
+    return events
+
+
+def finish(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, list[tuple[int, float]]]:
+    """Tokens and log-probabilities of each request."""
+    for request in requests:
+        engine.submit(request)
+    found: dict[str, list[tuple[int, float]]] = {request.request_id: [] for request in requests}
+    left = len(requests)
+    while left:
+        if not engine.has_work():
+            engine.wait(60)
+        for event in checked(engine.step()):
+            assert event.token_id is not None
+            logprob = event.logprobs.logprob if event.logprobs is not None else 0.0
+            found[event.request_id].append((event.token_id, logprob))
+            left -= event.finish_reason is not None
+    return found
+
+
+def oracle(_bench: Bench) -> dict[str, Any]:
+    """The test says it all."""
+    test = ROOT / "tests" / "engine" / "test_oracle.py"
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", str(test)], cwd=ROOT, check=False)
+    if run.returncode:
+        raise SystemExit("step: the authors' logits are not met")
+    return {"cases": 18}
+
+
+def tokens(bench: Bench) -> dict[str, Any]:
+    """The engine's greedy tokens against those of Transformers' `generate`."""
+    count, num_tokens = bench.size.prompts, 16
+    prompts = bench.prompts(count, bench.size.context // 4, seed=1)
+    with bench.engine(dtype="float32") as engine:
+        ours = finish(engine, [make_request(str(i), prompt, None, num_tokens) for i, prompt in enumerate(prompts)])
+    model = AutoModelForCausalLM.from_pretrained(
+        bench.folder, dtype=torch.float32, device_map={"": bench.device}
+    ).eval()
+    settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
+    different = []
+    for i, prompt in enumerate(prompts):  # one at a time: nothing padded, nothing that depends on the others
+        ids = torch.tensor([prompt], device=bench.device)
+        with torch.inference_mode():
+            theirs = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+        if theirs != [token for token, _ in ours[str(i)]]:
+            different.append(i)
+    del model
+    bench.clean()
+    if different:
+        raise SystemExit(f"step: prompts {different} get other tokens than from Transformers")
+    return {"prompts": count, "tokens_each": num_tokens}
+
+
+def bits(bench: Bench) -> dict[str, Any]:
+    """How many requests differ in any bit of their tokens' log-probabilities between alone and among others.
+
+    Our kernels do not let a row depend on the others; a GEMM of torch's may choose another kernel for another batch size.
+    """
+    size = bench.size
+    with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
+        adapters = bench.adapters(size.batch // 2, folder, "R")
+        names: list[str | None] = [*adapters, *[None] * (size.batch - len(adapters))]
+        prompts = bench.prompts(size.batch, size.context // 4, seed=2)
+        requests = []
+        for i, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+            plain = make_request(str(i), prompt, name, 16)
+            params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=0)
+            requests.append(
+                EngineRequest(request_id=str(i), prompt_ids=plain.prompt_ids, adapter=plain.adapter, params=params)
+            )
+        with bench.engine(adapters) as engine:
+            together = finish(engine, requests)
+            again = finish(engine, requests)
+            alone: dict[str, list[tuple[int, float]]] = {}
+            for request in requests[:: max(1, size.batch // 16)]:
+                alone |= finish(engine, [request])
+    if together != again:
+        raise SystemExit("step: the same batch has given two different results")
+    return {
+        "requests_alone": len(alone),
+        "other_tokens": sum([t for t, _ in alone[i]] != [t for t, _ in together[i]] for i in alone),
+        "other_bits": sum(alone[i] != together[i] for i in alone),
+    }
+
+
+def copy_bandwidth(bench: Bench) -> float:
+    """Bytes per second that a copy reads and writes."""
+    source = torch.empty(bench.size.copied_bytes, dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        bench.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        bench.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(times)
+
+
+def step_bytes(bench: Bench, batch: int) -> float:
+    """Bytes that a decode step of the base must read: weights once, of the base experts those that are chosen (as many as
+    independent choices make of them), keys and values of the context.
+    """
+    c = bench.config
+    head = c.hidden_size // c.num_attention_heads
+    attention = c.hidden_size * head * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+    chosen = c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** batch)
+    experts = chosen * 3 * c.hidden_size * c.intermediate_size
+    kv = batch * bench.size.context * 2 * c.num_key_value_heads * head
+    layer = attention + experts + c.hidden_size * c.num_experts + kv
+    return 2.0 * (c.num_hidden_layers * layer + c.vocab_size * c.hidden_size)
+
+
+def transformers_ms(bench: Bench, model: Any, batch: int, **settings: Any) -> float | str:
+    """Milliseconds of a decode step of `generate`; or why there is no number."""
+    ids = torch.tensor(bench.prompts(batch, bench.size.context, seed=3), device=bench.device)
+    seconds = {}
+    try:
+        for _ in range(2):  # the first round compiles
+            for num_tokens in (1, bench.size.steps + 1):
+                bench.synchronize()
+                start = time.perf_counter()
+                with torch.inference_mode():
+                    model.generate(
+                        ids,
+                        attention_mask=torch.ones_like(ids),
+                        do_sample=False,
+                        min_new_tokens=num_tokens,
+                        max_new_tokens=num_tokens,
+                        **settings,
+                    )
+                bench.synchronize()
+                seconds[num_tokens] = time.perf_counter() - start
+    except Exception as error:  # of a peer: reported, and no reason to lose our own numbers
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return (seconds[bench.size.steps + 1] - seconds[1]) / bench.size.steps * 1e3
+
+
+def base(bench: Bench) -> dict[str, Any]:
+    """The base alone."""
+    bandwidth = copy_bandwidth(bench)
+    found: dict[str, Any] = {"copy_gb_per_s": bandwidth / 1e9}
+    batches = (1, bench.size.batch)
+    for graphs in ("lazy", "off") if bench.device.type == "cuda" else ("off",):
+        with bench.engine(cuda_graphs=graphs) as engine:
+            for batch in batches:
+                found[f"ours_ms_{batch}" + ("_eager" if graphs == "off" else "")] = bench.decode_ms(
+                    engine, [None] * batch, seed=10
+                )
+    model = AutoModelForCausalLM.from_pretrained(
+        bench.folder, dtype=torch.bfloat16, device_map={"": bench.device}
+    ).eval()
+    for batch in batches:
+        floor = step_bytes(bench, batch) / bandwidth * 1e3
+        ours = found.get(f"ours_ms_{batch}", found[f"ours_ms_{batch}_eager"])
+        found |= {f"floor_ms_{batch}": floor, f"of_floor_{batch}": floor / ours}
+        found[f"transformers_eager_ms_{batch}"] = transformers_ms(bench, model, batch)
+        if bench.device.type == "cuda":  # where `generate` compiles with a static cache
+            found[f"transformers_static_ms_{batch}"] = transformers_ms(
+                bench, model, batch, cache_implementation="static"
+            )
+    return found
+
+
+def adapters(bench: Bench) -> dict[str, Any]:
+    """Every sequence on an adapter of its own."""
+    found: dict[str, Any] = {}
+    for variant in ("R", "E"):
+        with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
+            made = bench.adapters(bench.size.batch, folder, variant)
+            with bench.engine(made) as engine:
+                alone = bench.decode_ms(engine, [None] * bench.size.batch, seed=20)
+                mixed = bench.decode_ms(engine, list(made), seed=30)
+        found |= {f"{variant}_base_ms": alone, f"{variant}_mixed_ms": mixed, f"{variant}_kept": alone / mixed}
+    return found
+
+
+def registered(bench: Bench) -> dict[str, Any]:
+    """Few adapters in memory, and many."""
+    found: dict[str, Any] = {}
+    size = bench.size
+    with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
+        made = bench.adapters(size.registered, folder, "R", rank=max(1, size.rank // 2))
+        used = list(made)[:: max(1, size.registered // size.batch)][: size.batch]
+        for count, those in ((size.batch, {name: made[name] for name in used}), (size.registered, made)):
+            with bench.engine(those) as engine:
+                found[f"ms_{count}"] = bench.decode_ms(engine, used, seed=40)
+    found["flat"] = found[f"ms_{size.batch}"] / found[f"ms_{size.registered}"]
+    return found
+
+
+def prefill(bench: Bench) -> dict[str, Any]:
+    """Prompts, each on an adapter of its own; tokens a second until all have their first token."""
+    size, found = bench.size, {}
+    with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
+        made = bench.adapters(size.batch, folder, "R")
+        with bench.engine(made) as engine:
+            for label, names in (("base", [None] * size.batch), ("mixed", list(made))):
+                times = []
+                for round_ in range(4):
+                    prompts = bench.prompts(size.batch, size.context, seed=50 + round_)
+                    requests = [
+                        make_request(str(i), prompt, name, 1)
+                        for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+                    ]
+                    start = time.perf_counter()
+                    finish(engine, requests)
+                    times.append(time.perf_counter() - start)
+                found[f"{label}_tokens_per_s"] = size.batch * size.context / median(times[1:])
+    found["kept"] = found["mixed_tokens_per_s"] / found["base_tokens_per_s"]
+    return found
+
+
+def experts(bench: Bench) -> dict[str, Any]:
+    """One MoE block's base experts; layers take turns, so that weights come from memory and not from a cache."""
+    model = AutoModelForCausalLM.from_pretrained(
+        bench.folder, dtype=torch.bfloat16, device_map={"": bench.device}
+    ).eval()
+    blocks = [layer.mlp.experts for layer in model.model.layers]
+    theirs = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+    def ours(block: Any, h: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        stored = (block.gate_up_proj, block.down_proj, None, None, False, False, 1.0, 0.0)
+        found: torch.Tensor = stored_experts(h, ids, weights, *stored)
+        return found
+
+    found: dict[str, Any] = {}
+    num_tokens = 1
+    while num_tokens <= bench.size.most_tokens:
+        h = torch.randn(num_tokens, bench.config.hidden_size, device=bench.device, dtype=torch.bfloat16)
+        scores = torch.rand(num_tokens, bench.config.num_experts, device=bench.device)
+        weights, ids = scores.topk(bench.config.num_experts_per_tok)
+        times = {}
+        with torch.inference_mode():
+            for label, run in (("ours", ours), ("grouped_mm", theirs)):
+                samples = []
+                for _ in range(4):
+                    bench.synchronize()
+                    start = time.perf_counter()
+                    for block in blocks:
+                        run(block, h, ids, weights.to(h.dtype))
+                    bench.synchronize()
+                    samples.append((time.perf_counter() - start) / len(blocks))
+                times[label] = min(samples[1:])
+        found[f"ours_us_{num_tokens}"] = times["ours"] * 1e6
+        found[f"speedup_{num_tokens}"] = times["grouped_mm"] / times["ours"]
+        num_tokens *= 4
+    return found
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    part.__name__: part for part in (oracle, tokens, bits, base, adapters, registered, prefill, experts)
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the parts that are asked for, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, on a CPU too: that the bench itself works")
+    parser.add_argument("--results", type=Path, default=RESULTS / "gpu_step.jsonl", help="file to append the result to")
+    options = parser.parse_args(arguments)
+    if unknown := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"no such part: {', '.join(unknown)}")
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("there is no GPU here (--tiny runs on a CPU)")
+    load = os.getloadavg()[0]
+    size, scratch = (TINY, Path(tempfile.mkdtemp())) if options.tiny else (FULL, CACHE / "bench")
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        found = measure(Bench(size, scratch), options.parts or list(PARTS))
+    finally:
+        if options.tiny:
+            shutil.rmtree(scratch)
+    write_result(options.results, {"bench": "gpu-step", **surroundings(load), "model": size.name, "parts": found})
+
+
+def measure(bench: Bench, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the parts found, printed as they find it."""
+    found = {}
+    for part in parts:
+        start = time.perf_counter()
+        found[part] = PARTS[part](bench)
+        print(f"\n{part} ({time.perf_counter() - start:.0f} s)")
+        for name, value in found[part].items():
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            print(f"  {name:<28}{shown:>12}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""bench/gpu/step.py itself works: all of its parts but the oracle (a test of its own) at a tiny size, on whatever there is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("tokens", "bits", "base", "adapters", "registered", "prefill", "experts")
+
+
+def test_every_part_runs(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu" / "step.py"), *PARTS, "--tiny", "--results", str(results)],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    [line] = results.read_text().splitlines()
+    found = json.loads(line)["parts"]
+    assert tuple(found) == PARTS
+    assert found["tokens"]["prompts"] == 3
+    for part, names in {
+        "base": ("ours_ms_1_eager", "floor_ms_4", "transformers_eager_ms_4"),
+        "adapters": ("R_kept", "E_kept"),
+        "registered": ("flat", "ms_6"),
+        "prefill": ("mixed_tokens_per_s",),
+        "experts": ("speedup_16",),
+    }.items():
+        for name in names:
+            assert found[part][name] > 0, name
+            assert f"{name} " in run.stdout
+
+
+@pytest.mark.parametrize(("arguments", "says"), [(["nothing", "--tiny"], "no such part"), (["--what"], "unrecognized")])
+def test_unknown_arguments_are_refused(arguments: list[str], says: str) -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "gpu" / "step.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert says in run.stderr
