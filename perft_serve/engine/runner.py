@@ -56,6 +56,8 @@ class Runner:
 
     def __init__(self, config: EngineConfig) -> None:
         self.device = _device(config.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # Triton launches on the thread's present device
         self._page_size = config.page_size
         self._model = load_base(config.model, config.dtype, self.device).eval()
         self.base_digest = base_digest(self._model)

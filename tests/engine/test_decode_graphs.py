@@ -193,6 +193,17 @@ def test_all_are_captured_at_the_start_and_touch_nobodys_pages(base: Path, captu
     assert graphs.num_captured == 20
 
 
+def test_tables_that_grow_are_captured_anew(base: Path, capture: FrozenCapture) -> None:
+    engine = make_engine(base)
+    graphs = with_graphs(engine, capture)
+    before = run(engine, requests())
+    num_captured = graphs.num_captured
+    arena = engine._runner.arena
+    arena._take_experts(arena.rank_LE.shape[1] + 1)
+    assert_same(run(engine, requests()), before)
+    assert graphs.num_captured == 2 * num_captured
+
+
 def test_what_cannot_be_captured_runs_as_it_is(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     def refuse(step: Callable[[], Tensor]) -> Any:
         step()
