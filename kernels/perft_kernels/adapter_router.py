@@ -31,6 +31,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from perft_kernels import gpu
 from perft_kernels._op import Op
 from perft_kernels._rows import block_scores
 from perft_kernels.native import element_type, native
@@ -125,6 +126,10 @@ def _adapter_router(
     gate_row_A: Tensor,
     width: int,
 ) -> tuple[Tensor, Tensor]:
+    if gpu.takes(h_TD):
+        from perft_kernels.gpu import adapter_router as on_gpu
+
+        return on_gpu.adapter_router(h_TD, base_ids_TK, base_weights_TK, adapter_T, gate_SD, rule_A6, gate_row_A, width)
     kernels = native(h_TD, gate_SD)
     if kernels is None:
         return adapter_router_reference(

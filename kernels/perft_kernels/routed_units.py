@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from perft_kernels import gpu
 from perft_kernels._op import Op
 from perft_kernels._rows import row_scores
 from perft_kernels.native import element_type, native
@@ -235,6 +236,13 @@ def _routed_units(
     silu_E: Tensor,
     mask_TXR: Tensor | None = None,
 ) -> Tensor:
+    if gpu.takes(h_TD):
+        from perft_kernels.gpu import routed_units as on_gpu
+
+        return on_gpu.routed_units(
+            *(y_TD, h_TD, ids_TX, weights_TX, down_SD, up_SD),
+            *(down_row_E, up_row_E, rank_E, scale_E, silu_E, mask_TXR),
+        )
     kernels = native(y_TD, h_TD, down_SD, up_SD) if mask_TXR is None and weights_TX.dtype == torch.float32 else None
     if kernels is None or y_TD.dtype != h_TD.dtype or down_SD.dtype != up_SD.dtype:
         return routed_units_reference(
@@ -260,7 +268,30 @@ def _(y_TD, h_TD, *_args, **_kwargs):  # type: ignore[no-untyped-def]
     return torch.empty_like(y_TD)
 
 
-routed_units_backward = Op("routed_units_backward", routed_units_backward_reference)
+def _routed_units_backward(
+    grad_TD: Tensor,
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    rank_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (grad_TD, h_TD, ids_TX, weights_TX, down_SD, up_SD)
+    tables = (down_row_E, up_row_E, rank_E, scale_E, silu_E, mask_TXR)
+    if gpu.takes(h_TD):
+        from perft_kernels.gpu import routed_units as on_gpu
+
+        return on_gpu.routed_units_backward(*arguments, *tables)
+    return routed_units_backward_reference(*arguments, *tables)
+
+
+routed_units_backward = Op("routed_units_backward", _routed_units_backward)
 
 
 @routed_units_backward.register_fake

@@ -2,101 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from unit_cases import RMS_TOLERANCE, assert_close, by_the_formula, gradients, make, run
 
 from perft_kernels import routed_units
 
-RMS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+BACKENDS = ("native", "torch", "triton")
 
 
-@dataclass(frozen=True)
-class Case:
-    """Inputs of one call."""
-
-    y_TD: Tensor
-    h_TD: Tensor
-    ids_TX: Tensor
-    weights_TX: Tensor
-    down_SD: Tensor
-    up_SD: Tensor
-    down_row_E: Tensor
-    up_row_E: Tensor
-    rank_E: Tensor
-    scale_E: Tensor
-    silu_E: Tensor
-    mask_TXR: Tensor | None = None
-
-    def args(self) -> tuple[Any, ...]:
-        return tuple(vars(self).values())
-
-
-def make(
-    tokens: int, hidden: int, ranks: list[int], width: int, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> Case:
-    """Random inputs; down and up share one pool, with unused rows of NaN between the blocks."""
-    g = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
-    num_rows = 2 * sum(ranks) + 2 * len(ranks) + 1
-    pool_SD = torch.full((num_rows, hidden), float("nan"))
-    down_row: list[int] = []
-    up_row: list[int] = []
-    row = 1
-    for rank in ranks:
-        for rows in (down_row, up_row):
-            rows.append(row)
-            pool_SD[row : row + rank] = random(rank, hidden) / hidden**0.5
-            row += rank + 1
-    num_experts = len(ranks)
-    return Case(
-        y_TD=random(tokens, hidden).to(dtype),
-        h_TD=random(tokens, hidden).to(dtype),
-        ids_TX=torch.randint(-1, max(num_experts, 1), (tokens, width), generator=g),
-        weights_TX=torch.rand(tokens, width, generator=g),
-        down_SD=pool_SD.to(dtype),
-        up_SD=pool_SD.to(dtype),
-        down_row_E=torch.tensor(down_row, dtype=torch.int64),
-        up_row_E=torch.tensor(up_row, dtype=torch.int64),
-        rank_E=torch.tensor(ranks, dtype=torch.int64),
-        scale_E=torch.rand(num_experts, generator=g) + 0.5,
-        silu_E=torch.arange(num_experts) % 2 == 1,
-    )
-
-
-def by_the_formula(case: Case) -> Tensor:
-    """One token, one slot at a time, in the inputs' dtype promoted to float64."""
-    rows = []
-    for t in range(case.y_TD.shape[0]):
-        row = case.y_TD[t].double()
-        for x in range(case.ids_TX.shape[1]):
-            e = int(case.ids_TX[t, x])
-            if not 0 <= e < case.rank_E.numel():
-                continue
-            rank, first, last = int(case.rank_E[e]), int(case.down_row_E[e]), int(case.up_row_E[e])
-            z_R = case.down_SD[first : first + rank].double() @ case.h_TD[t].double()
-            if case.mask_TXR is not None:
-                z_R = z_R * case.mask_TXR[t, x].double()
-            a_R = F.silu(z_R) if case.silu_E[e] else z_R
-            row = row + case.weights_TX[t, x].double() * case.scale_E[e].double() * (
-                a_R @ case.up_SD[last : last + rank].double()
-            )
-        rows.append(row)
-    return torch.stack(rows)
-
-
-def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    error = (got.double() - want).square().mean().sqrt()
-    scale = want.square().mean().sqrt().clamp_min(1e-12)
-    assert torch.isfinite(got).all(), name
-    assert error / scale < tolerance, f"{name}: relative RMS error {error / scale:.2e}"
+def skip_unless_right(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Triton's interpreter multiplies bfloat16 wrongly."""
+    if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("bfloat16 products need a GPU")
 
 
 @pytest.mark.parametrize("dtype", list(RMS_TOLERANCE))
@@ -107,12 +27,22 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None
         (3, 16, [4, 4, 4], 2),  # fewer pairs than make a GEMM
         (37, 80, [1, 3, 7, 16, 64], 3),  # ragged ranks, odd sizes, some blocks hot enough for a GEMM
         (64, 17, [5], 1),  # all to one
-        (40, 16, list(range(1, 33)), 8),  # more adapter experts than one token can see
+        (9, 16, list(range(1, 33)), 8),  # more adapter experts than one token can see
+        (4, 530, [3, 131], 2),  # more columns and more ranks than a GPU's program takes at once, by a few
     ],
 )
-def test_values(tokens: int, hidden: int, ranks: list[int], width: int, dtype: torch.dtype) -> None:
+def test_values(
+    tokens: int,
+    hidden: int,
+    ranks: list[int],
+    width: int,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
+) -> None:
+    skip_unless_right(backend, device, dtype)
     case = make(tokens, hidden, ranks, width, dtype)
-    got = routed_units(*case.args())
+    got = run(case, device)
     assert (got.shape, got.dtype) == (case.y_TD.shape, dtype)
     assert_close("out", got, by_the_formula(case), RMS_TOLERANCE[dtype])
 
@@ -120,64 +50,91 @@ def test_values(tokens: int, hidden: int, ranks: list[int], width: int, dtype: t
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", list(RMS_TOLERANCE))
 @pytest.mark.parametrize("tokens", [1, 5, 64, 65])
-def test_batches_of_equals(tokens: int, dtype: torch.dtype, masked: bool) -> None:
-    """One rank and no empty slot: up to 64 tokens take the short way through, with the same result."""
+def test_batches_of_equals(tokens: int, dtype: torch.dtype, masked: bool, backend: str, device: torch.device) -> None:
+    """One rank and no empty slot: in plain torch up to 64 tokens take the short way through, with the same result."""
+    if backend == "triton" and tokens > 5:
+        pytest.skip("its ways part elsewhere")
+    skip_unless_right(backend, device, dtype)
     case = make(tokens, 48, [3] * 7, 2, dtype)
     case.ids_TX.clamp_(min=0)
     if masked:
         case = replace(case, mask_TXR=(torch.rand(tokens, 2, 3) > 0.3).float())
     want = by_the_formula(case)
-    assert_close("out", routed_units(*case.args()), want, RMS_TOLERANCE[dtype])
+    assert_close("out", run(case, device), want, RMS_TOLERANCE[dtype])
     with_a_gap = replace(case, ids_TX=torch.cat([case.ids_TX, torch.full((tokens, 1), -1)], dim=1))
     if not masked:
         gap_weights = replace(with_a_gap, weights_TX=torch.cat([case.weights_TX, torch.ones(tokens, 1)], dim=1))
-        assert_close("the long way", routed_units(*gap_weights.args()), want, RMS_TOLERANCE[dtype])
+        assert_close("the long way", run(gap_weights, device), want, RMS_TOLERANCE[dtype])
 
 
-def test_wild_ids_and_empty_experts_add_nothing() -> None:
+def test_wild_ids_and_empty_experts_add_nothing(device: torch.device) -> None:
     case = make(9, 16, [4, 2, 3], 2)
     case.ids_TX[:, 0] = torch.tensor([-1, -(2**40), 3, 4, 10**9, 2**62, -2, 3, 99])
     case.ids_TX[:, 1] = 1
     case = replace(case, rank_E=torch.tensor([4, 0, 3]))  # the layer is not adapted by this one
-    torch.testing.assert_close(routed_units(*case.args()), case.y_TD, rtol=0, atol=0)
+    torch.testing.assert_close(run(case, device), case.y_TD, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])
-def test_nothing_to_add(tokens: int) -> None:
+def test_nothing_to_add(tokens: int, device: torch.device) -> None:
     """No token, and no adapter expert at all."""
-    case = make(tokens, 8, [], 2)
+    case = make(tokens, 8, [], 2).on(device)
     out = routed_units(*case.args())
     torch.testing.assert_close(out, case.y_TD, rtol=0, atol=0)
     assert tokens == 0 or out.data_ptr() != case.y_TD.data_ptr()
 
 
-def test_nan_rows_stay_with_their_tokens() -> None:
+def test_nan_rows_stay_with_their_tokens(device: torch.device) -> None:
     case = make(20, 16, [4, 4], 1)
     case.ids_TX[:, 0] = torch.arange(20) % 2
     want = by_the_formula(case)
     case.down_SD[case.down_row_E[1] : case.down_row_E[1] + 4] = float("nan")
-    got = routed_units(*replace(case, up_SD=case.down_SD).args())
+    got = run(replace(case, up_SD=case.down_SD), device)
     assert_close("even tokens", got[::2], want[::2], RMS_TOLERANCE[torch.float32])
     assert got[1::2].isnan().all()
 
 
-def test_a_token_does_not_depend_on_its_neighbours() -> None:
-    """Bit by bit, as long as its blocks are taken the same way (gathered, or in a GEMM)."""
+def test_a_token_does_not_depend_on_its_neighbours(backend: str, device: torch.device) -> None:
+    """Bit by bit; plain torch only as long as its blocks are taken the same way (gathered, or in a GEMM)."""
     case = make(6, 16, [4, 2, 8], 2)
-    whole = routed_units(*case.args())
+    whole = run(case, device)
     for t in range(6):
-        one = replace(
-            case,
-            y_TD=case.y_TD[t : t + 1],
-            h_TD=case.h_TD[t : t + 1],
-            ids_TX=case.ids_TX[t : t + 1],
-            weights_TX=case.weights_TX[t : t + 1],
-        )
-        torch.testing.assert_close(routed_units(*one.args())[0], whole[t], rtol=0, atol=1e-6)
+        one = run(case.take(slice(t, t + 1)), device)
+        torch.testing.assert_close(one[0], whole[t], rtol=0, atol=1e-6 if backend == "torch" else 0)
+
+
+def test_where_rows_lie_changes_nothing(device: torch.device) -> None:
+    """The pool in another order, and the adapter experts with other numbers: the same bits."""
+    case = make(12, 48, [3, 17, 8, 1], 2)
+    num_rows, num_experts = case.down_SD.shape[0], case.rank_E.numel()
+    down_SD = torch.full((2 * num_rows, 48), float("nan"))
+    new_expert_E = torch.tensor([2, 0, 3, 1])
+    down_row_E, up_row_E = torch.empty_like(case.down_row_E), torch.empty_like(case.up_row_E)
+    row = 5
+    for e in (3, 1, 0, 2):
+        rank = int(case.rank_E[e])
+        for old_E, new_E in ((case.up_row_E, up_row_E), (case.down_row_E, down_row_E)):
+            down_SD[row : row + rank] = case.down_SD[old_E[e] : old_E[e] + rank]
+            new_E[e] = row
+            row += rank + 2
+    old_expert_E = new_expert_E.argsort()
+    moved = replace(
+        case,
+        ids_TX=torch.where(case.ids_TX >= 0, new_expert_E[case.ids_TX], -1),
+        down_SD=down_SD,
+        up_SD=down_SD,
+        **{
+            n: t[old_expert_E]
+            for n, t in {**vars(case), "down_row_E": down_row_E, "up_row_E": up_row_E}.items()
+            if n.endswith("_E")
+        },
+    )
+    assert num_experts == new_expert_E.numel()
+    torch.testing.assert_close(run(moved, device), run(case, device), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients(masked: bool) -> None:
+def test_gradients(masked: bool, device: torch.device) -> None:
     """Of every differentiable input, against autograd through the formula."""
     case = make(23, 12, [3, 3, 3], 2, seed=3)
     finite = torch.nan_to_num(case.down_SD)
@@ -187,20 +144,51 @@ def test_gradients(masked: bool) -> None:
         up_SD=finite.clone(),
         mask_TXR=(torch.rand(23, 2, 3) > 0.3).float() / 0.7 if masked else None,
     )
-    names = ("y_TD", "h_TD", "weights_TX", "down_SD", "up_SD")
     grad_TD = torch.randn(23, 12)
-    found = []
-    for function in (lambda c: routed_units(*c.args()), by_the_formula):
-        leaves = {name: getattr(case, name).clone().requires_grad_() for name in names}
-        function(replace(case, **leaves)).backward(grad_TD)
-        found.append({name: leaf.grad for name, leaf in leaves.items()})
-    for name in names:
-        assert_close(name, found[0][name], found[1][name].double(), 1e-5)
+    got = gradients(lambda c: routed_units(*c.args()), case.on(device), grad_TD.to(device))
+    want = gradients(by_the_formula, case, grad_TD)
+    for name in want:
+        assert_close(name, got[name], want[name].double(), 1e-5)
 
 
-def test_op_is_well_formed() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "ranks", "expert"),
+    [
+        (40, [1, 0, 21, 16], None),  # ragged; one without ranks; some tokens without any
+        (33, [5, 7], 1),  # all to one, and no token for the other
+        (1, [4], 0),
+        (5, [4, 4], -1),  # nobody
+    ],
+)
+@pytest.mark.parametrize("dtype", list(RMS_TOLERANCE))
+def test_gradients_of_ragged_ranks(
+    tokens: int, ranks: list[int], expert: int | None, dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """Pools of another dtype than h's too: that is how adapters are trained."""
+    skip_unless_right(backend, device, dtype)
+    case = make(tokens, 20, ranks, 2, seed=5)
+    if expert is not None:
+        case.ids_TX.fill_(expert)
+    finite = torch.nan_to_num(case.down_SD)
+    for pool_dtype in {dtype, torch.float32}:
+        cast = replace(
+            case,
+            y_TD=case.y_TD.to(dtype),
+            h_TD=case.h_TD.to(dtype),
+            down_SD=finite.to(pool_dtype),
+            up_SD=finite.clone().to(pool_dtype),
+        )
+        grad_TD = torch.randn(tokens, 20, generator=torch.Generator().manual_seed(1)).to(dtype)
+        got = gradients(lambda c: routed_units(*c.args()), cast.on(device), grad_TD.to(device))
+        want = gradients(by_the_formula, cast, grad_TD.double())
+        for name in want:
+            assert got[name].dtype == getattr(cast, name).dtype, name
+            assert_close(name, got[name], want[name].double(), RMS_TOLERANCE[dtype])
+
+
+def test_op_is_well_formed(device: torch.device) -> None:
     """Schema, fake implementation and autograd registration, as torch checks them."""
-    case = make(7, 8, [2, 2], 2)
+    case = make(3, 8, [2, 2], 2).on(device)
     case = replace(case, down_SD=torch.nan_to_num(case.down_SD), up_SD=torch.nan_to_num(case.up_SD).clone())
     leaves = [case.y_TD, case.h_TD, case.weights_TX, case.down_SD, case.up_SD]
     for leaf in leaves:

@@ -9,10 +9,12 @@ Triton's interpreter is right in float32 and float16; in bfloat16 its products a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 
+import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -32,3 +34,8 @@ def _has_triton() -> bool:
     if not found:
         logger.warning("Triton is not installed: the GPU runs plain torch, many times slower (pip install triton)")
     return found
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the present device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,691 @@
+"""`routed_units` on a GPU, forward and backward. Contract: perft_kernels/routed_units.py.
+
+A *pair* (t, x) is token t's slot x; there are P = T * X of them, and its number is t * X + x. All work is done on *tiles*: up
+to 16 pairs of one adapter expert, times 16 of its ranks. Three kernels make the forward pass:
+
+1. `_shrink`: h of a tile's pairs times down rows, into `z`.
+2. `_expand`: z through mask, SiLU and weights, times up rows.
+3. `_combine`, only where pairs were sorted: a token's pairs added up.
+
+Decoding, a tile is one pair (padded to 16: reading the rows is what takes time, and they are read once), nothing is sorted, and
+one program of `_expand` owns some columns of a token and adds its pairs itself: two launches. In longer batches the
+pairs are sorted by adapter expert on the device, so that 16 of them share the reading of its rows, and each leaves
+its own output behind for `_combine`. Both ways do the same arithmetic in the same order, to the bit: the same tiles of
+the same tensor-core instruction, `SPLIT_D` columns of h at a time, 16 ranks at a time, a token's pairs in the order of its
+slots. So a token's result depends neither on its neighbours nor on how many they are. There are no atomics.
+
+No size comes from the tables and nothing is read back by the host: ranks, ids and the number of tiles stay on the device, and
+programs beyond them end at once or take the next tile. `z` holds `RANKS` ranks of a pair, whatever they are; what
+an adapter expert has beyond, `_expand` computes for itself (slower, since each of its programs does).
+
+| array        | shape       | dtype | meaning                                                                        |
+|--------------|-------------|-------|--------------------------------------------------------------------------------|
+| key_P        | [P]         | int32 | adapter expert of the pairs in sorted order; E: they add nothing               |
+| order_P      | [P]         | int64 | their pair numbers; pairs of one adapter expert in ascending order             |
+| tile_P       | [P + 1]     | int32 | first place in that order of each tile; the last entry is how many tiles there |
+|              |             |       | are. A tile ends at the next multiple of 16, or with its adapter expert        |
+| z_CPR        | [C, P, R]   | fp32  | bottlenecks; their sum over C is one (C: splits of D, or 1)                    |
+| delta_PN     | [P, N]      | fp32  | what each pair adds, N columns of it; written for active pairs only            |
+
+Products are in the pool's dtype with float32 sums if h has that dtype too and it has 16 bits, otherwise in float32 throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from perft_kernels import gpu
+
+# Up to so many tokens, sorting the pairs takes longer than reading rows twice.
+MAX_DECODE_TOKENS = 256
+# Of the pairs' outputs, at most so many bytes wait for `_combine`: about what a GPU's L2 cache holds.
+MAX_DELTA_BYTES = 64 << 20
+
+_RANKS = 128
+_PAIRS = tl.constexpr(16)  # of a tile; and its ranks: the least that tl.dot takes
+_SORT_BLOCK = 1024
+
+
+@triton.jit
+def _keys(ids_P, rank_E, key_P, P, E, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Grid (ceil(P / BLOCK),): the sort's key of each pair."""
+    p_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    id_B = tl.load(ids_P + p_B, mask=p_B < P, other=-1)
+    is_inside_B = (id_B >= 0) & (id_B < E)
+    rank_B = tl.load(rank_E + id_B, mask=is_inside_B, other=0)
+    tl.store(key_P + p_B, tl.where(rank_B > 0, id_B, E).to(tl.int32), mask=p_B < P)
+
+
+@triton.jit
+def _tiles(key_P, tile_P, P, E, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Grid (1,): where the tiles begin, and how many there are."""
+    count = tl.zeros([], dtype=tl.int32)
+    for p0 in range(0, P, BLOCK):
+        p_B = p0 + tl.arange(0, BLOCK)
+        key_B = tl.load(key_P + p_B, mask=p_B < P, other=E)
+        before_B = tl.load(key_P + p_B - 1, mask=(p_B > 0) & (p_B < P), other=-1)
+        begins_B = (key_B < E) & ((key_B != before_B) | (p_B % _PAIRS == 0))
+        number_B = begins_B.to(tl.int32)
+        tl.store(tile_P + count + tl.cumsum(number_B, axis=0) - number_B, p_B, mask=begins_B)
+        count += tl.sum(number_B, axis=0)
+    tl.store(tile_P + P, count)
+
+
+@triton.jit
+def _tile(i, ids_P, key_P, order_P, tile_P, P, E, SORTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tile number i: its adapter expert, its pairs, and which of the 16 are there. Unsorted: pair i alone."""
+    row_p = tl.arange(0, _PAIRS)
+    if SORTED:
+        first = tl.load(tile_P + i)
+        place_p = first + row_p
+        expert = tl.load(key_P + first).to(tl.int64)
+        is_near_p = (place_p < P) & (place_p // _PAIRS == first // _PAIRS)
+        is_pair_p = is_near_p & (tl.load(key_P + place_p, mask=is_near_p, other=E) == expert)
+        pair_p = tl.load(order_P + place_p, mask=is_pair_p, other=0)
+    else:
+        expert = tl.load(ids_P + i)
+        is_inside = (expert >= 0) & (expert < E)
+        is_pair_p = row_p < tl.where(is_inside, 1, 0)
+        expert = tl.where(is_inside, expert, 0)
+        pair_p = (row_p * 0 + i).to(tl.int64)
+    return expert, pair_p, is_pair_p
+
+
+@triton.jit
+def _partial(  # type: ignore[no-untyped-def]
+    x_TD, rows_SD, token_p, is_pair_p, row, num_rows, begin, D, DTYPE: tl.constexpr, SPLIT_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """16 pairs' tokens times 16 rows, over the columns [begin, begin + SPLIT_D)."""
+    r_R = tl.arange(0, _PAIRS)
+    sum_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
+    for d0 in range(0, SPLIT_D, BLOCK_D):
+        d_D = begin + d0 + tl.arange(0, BLOCK_D)
+        x_pD = tl.load(
+            x_TD + token_p[:, None] * D + d_D[None, :], mask=is_pair_p[:, None] & (d_D < D)[None, :], other=0.0
+        )
+        rows_DR = tl.load(
+            rows_SD + (row + r_R)[None, :] * D + d_D[:, None],
+            mask=(r_R < num_rows)[None, :] & (d_D < D)[:, None],
+            other=0.0,
+        )
+        sum_pR = tl.dot(x_pD.to(DTYPE), rows_DR.to(DTYPE), acc=sum_pR, input_precision="ieee")
+    return sum_pR
+
+
+@triton.jit(do_not_specialize=["P", "X", "E"], do_not_specialize_on_alignment=["first_row_E", "rank_E"])
+def _shrink(  # type: ignore[no-untyped-def]
+    x_TD,
+    rows_SD,
+    ids_P,
+    key_P,
+    order_P,
+    tile_P,
+    first_row_E,
+    rank_E,
+    z_CPR,
+    P,
+    X,
+    E,
+    D,
+    RANKS,
+    SORTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SPLIT_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (tiles or fewer, blocks of ranks or fewer, C). Each program takes every so manieth tile, rank block and split."""
+    num_tiles = tl.load(tile_P + P) if SORTED else P
+    r_R = tl.arange(0, _PAIRS)
+    for i in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        expert, pair_p, is_pair_p = _tile(i, ids_P, key_P, order_P, tile_P, P, E, SORTED)
+        token_p = pair_p // X
+        row = tl.load(first_row_E + expert)
+        rank = tl.minimum(tl.load(rank_E + expert), RANKS).to(tl.int32)
+        rank = tl.where(tl.max(is_pair_p.to(tl.int32), axis=0) > 0, rank, 0)
+        for r0 in range(tl.program_id(1) * _PAIRS, rank, tl.num_programs(1) * _PAIRS):
+            z_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
+            for begin in range(tl.program_id(2) * SPLIT_D, D, tl.num_programs(2) * SPLIT_D):
+                z_pR += _partial(
+                    x_TD, rows_SD, token_p, is_pair_p, row + r0, rank - r0, begin, D, DTYPE, SPLIT_D, BLOCK_D
+                )
+            at_pR = (tl.program_id(2).to(tl.int64) * P + pair_p)[:, None] * RANKS + (r0 + r_R)[None, :]
+            tl.store(z_CPR + at_pR, z_pR, mask=is_pair_p[:, None] & (r0 + r_R < rank)[None, :])
+
+
+@triton.jit
+def _coefficients(z_pR, mask_PR, pair_p, is_there_pR, r_R, MASK_R, factor_p, silu, HAS_MASK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a tile's bottlenecks become before they meet the up rows; 0 where nothing is."""
+    if HAS_MASK:
+        z_pR *= tl.load(mask_PR + pair_p[:, None] * MASK_R + r_R[None, :], mask=is_there_pR, other=0.0)
+    if silu:
+        z_pR = z_pR / (1.0 + tl.exp(-z_pR))
+    return tl.where(is_there_pR, z_pR * factor_p[:, None], 0.0)
+
+
+@triton.jit
+def _times_rows(coefficient_pR, rows_SD, row, num_rows, d_N, D, sum_pN, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`sum_pN`, and 16 rows' columns `d_N` times their coefficients."""
+    r_R = tl.arange(0, _PAIRS)
+    rows_RN = tl.load(
+        rows_SD + (row + r_R)[:, None] * D + d_N[None, :],
+        mask=(r_R < num_rows)[:, None] & (d_N < D)[None, :],
+        other=0.0,
+    )
+    return tl.dot(coefficient_pR.to(DTYPE), rows_RN.to(DTYPE), acc=sum_pN, input_precision="ieee")
+
+
+@triton.jit
+def _delta(  # type: ignore[no-untyped-def]
+    i, d_N, x_TD, down_SD, up_SD, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E, scale_E, silu_E,
+    mask_PR, z_CPR, P, X, E, D, C, RANKS, MASK_R, SORTED: tl.constexpr, ACTIVATE: tl.constexpr, HAS_MASK: tl.constexpr,
+    DTYPE: tl.constexpr, SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Columns `d_N` of what tile i adds, its pairs, and which of the 16 are there."""
+    expert, pair_p, is_pair_p = _tile(i, ids_P, key_P, order_P, tile_P, P, E, SORTED)
+    up_row = tl.load(up_row_E + expert)
+    rank = tl.load(rank_E + expert).to(tl.int32)
+    rank = tl.where(tl.max(is_pair_p.to(tl.int32), axis=0) > 0, rank, 0)
+    if ACTIVATE:
+        silu = tl.load(silu_E + expert) != 0
+        factor_p = tl.load(weights_P + pair_p, mask=is_pair_p, other=0.0).to(tl.float32) * tl.load(scale_E + expert)
+    sum_pN = tl.zeros([_PAIRS, BLOCK_N], dtype=tl.float32)
+    for r0 in range(0, tl.minimum(rank, RANKS), _PAIRS):
+        r_R = r0 + tl.arange(0, _PAIRS)
+        is_there_pR = is_pair_p[:, None] & (r_R < rank)[None, :]
+        z_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
+        for c in range(C):
+            at_pR = (pair_p + c * P)[:, None] * RANKS + r_R[None, :]
+            z_pR += tl.load(z_CPR + at_pR, mask=is_there_pR, other=0.0)
+        if ACTIVATE:
+            z_pR = _coefficients(z_pR, mask_PR, pair_p, is_there_pR, r_R, MASK_R, factor_p, silu, HAS_MASK)
+        sum_pN = _times_rows(z_pR, up_SD, up_row + r0, rank - r0, d_N, D, sum_pN, DTYPE)
+    if ACTIVATE:  # ranks that z has no room for
+        down_row = tl.load(down_row_E + expert)
+        for r0 in range(RANKS, rank, _PAIRS):
+            r_R = r0 + tl.arange(0, _PAIRS)
+            is_there_pR = is_pair_p[:, None] & (r_R < rank)[None, :]
+            z_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
+            for begin in range(0, D, SPLIT_D):
+                z_pR += _partial(
+                    x_TD, down_SD, pair_p // X, is_pair_p, down_row + r0, rank - r0, begin, D, DTYPE, SPLIT_D, BLOCK_D
+                )
+            z_pR = _coefficients(z_pR, mask_PR, pair_p, is_there_pR, r_R, MASK_R, factor_p, silu, HAS_MASK)
+            sum_pN = _times_rows(z_pR, up_SD, up_row + r0, rank - r0, d_N, D, sum_pN, DTYPE)
+    return sum_pN, pair_p, is_pair_p
+
+
+@triton.jit(
+    do_not_specialize=["P", "X", "E", "C", "MASK_R", "first_column"],
+    do_not_specialize_on_alignment=["down_row_E", "up_row_E", "rank_E", "scale_E", "silu_E"],
+)
+def _expand(  # type: ignore[no-untyped-def]
+    y_TD,
+    x_TD,
+    down_SD,
+    up_SD,
+    ids_P,
+    key_P,
+    order_P,
+    tile_P,
+    weights_P,
+    down_row_E,
+    up_row_E,
+    rank_E,
+    scale_E,
+    silu_E,
+    mask_PR,
+    z_CPR,
+    out,
+    P,
+    X,
+    E,
+    D,
+    C,
+    RANKS,
+    MASK_R,
+    first_column,
+    N,
+    SORTED: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    SPLIT_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid (T, ceil(D / BLOCK_N)): y and the deltas of a token's pairs, into `out` [T, D]. Or, sorted: grid (tiles or fewer,
+    ceil(N / BLOCK_N)): the delta of each pair from column `first_column` on, into `out` [P, N].
+    """
+    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d_N = first_column + n_N
+    if SORTED:
+        for i in range(tl.program_id(0), tl.load(tile_P + P), tl.num_programs(0)):
+            delta_pN, pair_p, is_pair_p = _delta(
+                i, d_N, x_TD, down_SD, up_SD, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E,
+                scale_E, silu_E, mask_PR, z_CPR, P, X, E, D, C, RANKS, MASK_R, SORTED, ACTIVATE, HAS_MASK, DTYPE,
+                SPLIT_D, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
+            tl.store(out + pair_p[:, None] * N + n_N[None, :], delta_pN, mask=is_pair_p[:, None] & (n_N < N)[None, :])
+    else:
+        t = tl.program_id(0).to(tl.int64)
+        sum_pN = tl.zeros([_PAIRS, BLOCK_N], dtype=tl.float32)
+        for x in range(X):
+            delta_pN, _, _ = _delta(
+                t * X + x, d_N, x_TD, down_SD, up_SD, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E,
+                rank_E, scale_E, silu_E, mask_PR, z_CPR, P, X, E, D, C, RANKS, MASK_R, SORTED, ACTIVATE, HAS_MASK, DTYPE,
+                SPLIT_D, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
+            sum_pN += delta_pN
+        is_first_p = tl.arange(0, _PAIRS) == 0  # the one that is there
+        delta_N = tl.sum(tl.where(is_first_p[:, None], sum_pN, 0.0), axis=0)
+        y_N = tl.load(y_TD + t * D + d_N, mask=d_N < D, other=0.0).to(tl.float32)
+        tl.store(out + t * D + d_N, (y_N + delta_N).to(out.dtype.element_ty), mask=d_N < D)
+
+
+@triton.jit(do_not_specialize=["X", "E", "first_column"], do_not_specialize_on_alignment=["rank_E"])
+def _combine(  # type: ignore[no-untyped-def]
+    y_TD, ids_P, rank_E, delta_PN, out_TD, X, E, D, first_column, N, HAS_Y: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Grid (T, ceil(N / BLOCK_N)): y, if there is one, and the deltas of a token's pairs in the order of its slots."""
+    t = tl.program_id(0).to(tl.int64)
+    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    delta_N = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for x in range(X):
+        pair = t * X + x
+        expert = tl.load(ids_P + pair)
+        is_active = (expert >= 0) & (expert < E)
+        is_active = tl.load(rank_E + expert, mask=is_active, other=0) > 0
+        delta_N += tl.load(delta_PN + pair * N + n_N, mask=n_N < tl.where(is_active, N, 0), other=0.0)
+    at_N = t * D + first_column + n_N
+    if HAS_Y:
+        delta_N = tl.load(y_TD + at_N, mask=n_N < N, other=0.0).to(tl.float32) + delta_N
+    tl.store(out_TD + at_N, delta_N.to(out_TD.dtype.element_ty), mask=n_N < N)
+
+
+@triton.jit(do_not_specialize=["P", "E", "RANKS", "MASK_R"])
+def _bottleneck_gradients(  # type: ignore[no-untyped-def]
+    ids_P,
+    weights_P,
+    rank_E,
+    scale_E,
+    silu_E,
+    mask_PR,
+    z_PR,
+    b_PR,
+    grad_weights_P,
+    P,
+    E,
+    RANKS,
+    MASK_R,
+    HAS_MASK: tl.constexpr,
+):
+    """Grid (ceil(P / 16),). `z`: the bottlenecks; `b`: the gradient seen through up, before the weight. In their places come
+    the gradient of the bottlenecks as down has made them, and the coefficients that up was multiplied with.
+    """
+    pair_p = tl.program_id(0).to(tl.int64) * _PAIRS + tl.arange(0, _PAIRS)
+    expert_p = tl.load(ids_P + pair_p, mask=pair_p < P, other=-1)
+    is_inside_p = (expert_p >= 0) & (expert_p < E)
+    rank_p = tl.load(rank_E + expert_p, mask=is_inside_p, other=0)
+    scale_p = tl.load(scale_E + expert_p, mask=is_inside_p, other=0.0)
+    is_silu_p = tl.load(silu_E + expert_p, mask=is_inside_p, other=0) != 0
+    factor_p = tl.load(weights_P + pair_p, mask=is_inside_p, other=0.0).to(tl.float32) * scale_p
+    sum_p = tl.zeros([_PAIRS], dtype=tl.float32)
+    for r0 in range(0, tl.max(rank_p, axis=0).to(tl.int32), _PAIRS):
+        r_R = r0 + tl.arange(0, _PAIRS)
+        is_there_pR = r_R[None, :] < rank_p[:, None]
+        at_pR = pair_p[:, None] * RANKS + r_R[None, :]
+        z_pR = tl.load(z_PR + at_pR, mask=is_there_pR, other=0.0)
+        b_pR = tl.load(b_PR + at_pR, mask=is_there_pR, other=0.0)
+        kept_pR = tl.full([_PAIRS, _PAIRS], 1.0, dtype=tl.float32)
+        if HAS_MASK:
+            kept_pR = tl.load(mask_PR + pair_p[:, None] * MASK_R + r_R[None, :], mask=is_there_pR, other=0.0)
+        z_pR *= kept_pR
+        sigmoid_pR = 1.0 / (1.0 + tl.exp(-z_pR))
+        a_pR = tl.where(is_silu_p[:, None], z_pR * sigmoid_pR, z_pR)
+        slope_pR = tl.where(is_silu_p[:, None], sigmoid_pR * (1.0 + z_pR * (1.0 - sigmoid_pR)), 1.0)
+        sum_p += tl.sum(a_pR * b_pR, axis=1)
+        tl.store(z_PR + at_pR, b_pR * factor_p[:, None] * slope_pR * kept_pR, mask=is_there_pR)
+        tl.store(b_PR + at_pR, a_pR * factor_p[:, None], mask=is_there_pR)
+    tl.store(grad_weights_P + pair_p, (sum_p * scale_p).to(grad_weights_P.dtype.element_ty), mask=pair_p < P)
+
+
+@triton.jit(do_not_specialize=["X", "RANKS"])
+def _row_gradients(  # type: ignore[no-untyped-def]
+    x_TD,
+    coefficient_PR,
+    order_P,
+    end_E,
+    first_row_E,
+    rank_E,
+    grad_SD,
+    X,
+    D,
+    RANKS,
+    DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid (E, ceil(RANKS / 16), ceil(D / BLOCK_N)): one program owns 16 rows' columns and goes through the pairs of their
+    adapter expert in sorted order. `end_E`: where in that order each adapter expert's pairs end.
+    """
+    expert = tl.program_id(0).to(tl.int64)
+    rank = tl.load(rank_E + expert)
+    r_R = tl.program_id(1) * _PAIRS + tl.arange(0, _PAIRS)
+    d_N = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    end = tl.load(end_E + expert)
+    begin = tl.load(end_E + expert - 1, mask=expert > 0, other=0)
+    if tl.program_id(1) * _PAIRS < rank:
+        sum_RN = tl.zeros([_PAIRS, BLOCK_N], dtype=tl.float32)
+        for place in range(begin, end, BLOCK_P):
+            place_p = place + tl.arange(0, BLOCK_P)
+            is_pair_p = place_p < end
+            pair_p = tl.load(order_P + place_p, mask=is_pair_p, other=0)
+            coefficient_Rp = tl.load(
+                coefficient_PR + pair_p[None, :] * RANKS + r_R[:, None],
+                mask=(r_R < rank)[:, None] & is_pair_p[None, :],
+                other=0.0,
+            )
+            x_pN = tl.load(
+                x_TD + (pair_p // X)[:, None] * D + d_N[None, :],
+                mask=is_pair_p[:, None] & (d_N < D)[None, :],
+                other=0.0,
+            )
+            sum_RN = tl.dot(coefficient_Rp.to(DTYPE), x_pN.to(DTYPE), acc=sum_RN, input_precision="ieee")
+        row_R = tl.load(first_row_E + expert) + r_R
+        tl.store(
+            grad_SD + row_R[:, None] * D + d_N[None, :],
+            sum_RN.to(grad_SD.dtype.element_ty),
+            mask=(r_R < rank)[:, None] & (d_N < D)[None, :],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Blocks:
+    """Tile sizes. They depend on D and the device only: a token's sums must not change with the batch.
+
+    Attributes:
+        split_D: columns of h that one program of `_shrink` takes when decoding.
+        block_D: columns of h at a time.
+        block_N: columns of the output that one program has.
+        num_programs: how many programs a launch may have along its first axis where they take tiles in turn.
+    """
+
+    split_D: int
+    block_D: int
+    block_N: int
+    num_programs: int
+
+    @classmethod
+    def of(cls, hidden_size: int, device: torch.device) -> _Blocks:
+        """The sizes for a hidden size on a device."""
+        whole = max(triton.next_power_of_2(hidden_size), 16)
+        return cls(
+            split_D=min(whole, 512),
+            block_D=min(whole, 256),
+            block_N=min(whole, 128),
+            num_programs=8 * _num_processors(device),
+        )
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pairs:
+    """Who does what: the pairs, and in longer batches their order. See the table above.
+
+    Attributes:
+        num_tiles: how many programs have tiles to take; all tiles, if the pairs are not sorted.
+    """
+
+    ids_TX: Tensor
+    num_tiles: int
+    key_P: Tensor | None = None
+    order_P: Tensor | None = None
+    tile_P: Tensor | None = None
+
+    @property
+    def number(self) -> int:
+        """P."""
+        return self.ids_TX.numel()
+
+    @property
+    def arrays(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """As the kernels take them."""
+        return self.ids_TX, self.key_P, self.order_P, self.tile_P
+
+    @classmethod
+    def in_order(cls, ids_TX: Tensor) -> _Pairs:
+        """As they come."""
+        return cls(ids_TX=ids_TX, num_tiles=ids_TX.numel())
+
+    @classmethod
+    def by_expert(cls, ids_TX: Tensor, rank_E: Tensor, blocks: _Blocks) -> _Pairs:
+        """Sorted, on the device."""
+        num_pairs, num_experts = ids_TX.numel(), rank_E.numel()
+        key_P = torch.empty(num_pairs, dtype=torch.int32, device=ids_TX.device)
+        _keys[(triton.cdiv(num_pairs, _SORT_BLOCK),)](
+            ids_TX, rank_E, key_P, num_pairs, num_experts, BLOCK=_SORT_BLOCK, **gpu.OPTIONS
+        )
+        key_P, order_P = key_P.sort(stable=True)
+        tile_P = torch.empty(num_pairs + 1, dtype=torch.int32, device=ids_TX.device)
+        _tiles[(1,)](key_P, tile_P, num_pairs, num_experts, BLOCK=_SORT_BLOCK, **gpu.OPTIONS)
+        most = triton.cdiv(num_pairs, _PAIRS.value) + min(num_pairs, num_experts)
+        return cls(ids_TX=ids_TX, num_tiles=min(most, blocks.num_programs), key_P=key_P, order_P=order_P, tile_P=tile_P)
+
+
+class Tables(NamedTuple):
+    """The adapter experts' tables, as in the contract."""
+
+    down_row_E: Tensor
+    up_row_E: Tensor
+    rank_E: Tensor
+    scale_E: Tensor
+    silu_E: Tensor
+
+    def for_kernels(self) -> Tables:
+        """Contiguous, and without a type that has less than a byte."""
+        return Tables(
+            self.down_row_E.contiguous(),
+            self.up_row_E.contiguous(),
+            self.rank_E.contiguous(),
+            self.scale_E.contiguous(),
+            self.silu_E.contiguous().view(torch.uint8),
+        )
+
+
+def _product_dtype(x_TD: Tensor, rows_SD: Tensor) -> tl.dtype:
+    if x_TD.dtype == rows_SD.dtype:
+        return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(x_TD.dtype, tl.float32)
+    return tl.float32
+
+
+def _shrunk(
+    x_TD: Tensor, rows_SD: Tensor, first_row_E: Tensor, rank_E: Tensor, pairs: _Pairs, ranks: int, blocks: _Blocks,
+    dtype: tl.dtype,
+) -> Tensor:  # fmt: skip
+    """z_CPR: each pair's token times the first `ranks` rows of its adapter expert."""
+    hidden_size, is_sorted = x_TD.shape[1], pairs.key_P is not None
+    num_splits = 1 if is_sorted else triton.cdiv(hidden_size, blocks.split_D)
+    z_CPR = torch.empty(num_splits, pairs.number, ranks, dtype=torch.float32, device=x_TD.device)
+    _shrink[(pairs.num_tiles, min(4, triton.cdiv(ranks, _PAIRS.value)), num_splits)](
+        *(x_TD, rows_SD, *pairs.arrays, first_row_E, rank_E, z_CPR),
+        *(pairs.number, pairs.ids_TX.shape[1], rank_E.numel(), hidden_size, ranks),
+        SORTED=is_sorted,
+        DTYPE=dtype,
+        SPLIT_D=blocks.split_D,
+        BLOCK_D=blocks.block_D,
+        num_warps=2,
+        num_stages=3,
+        **gpu.OPTIONS,
+    )
+    return z_CPR
+
+
+def _expanded(
+    y_TD: Tensor | None, x_TD: Tensor, weights_TX: Tensor | None, down_SD: Tensor, up_SD: Tensor, tables: Tables,
+    mask_TXR: Tensor | None, pairs: _Pairs, z_CPR: Tensor, blocks: _Blocks, dtype: tl.dtype, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y and what the pairs add. Without weights, z holds the coefficients themselves."""
+    num_tokens, hidden_size = x_TD.shape
+    width, num_experts = pairs.ids_TX.shape[1], tables.rank_E.numel()
+    out_TD = torch.empty(num_tokens, hidden_size, dtype=out_dtype, device=x_TD.device)
+
+    def expand(out: Tensor, first_column: int, num_columns: int) -> None:
+        num_programs = num_tokens if pairs.key_P is None else pairs.num_tiles
+        _expand[(num_programs, triton.cdiv(num_columns, blocks.block_N))](
+            *(y_TD, x_TD, down_SD, up_SD, *pairs.arrays, weights_TX, *tables, mask_TXR, z_CPR, out),
+            *(pairs.number, width, num_experts, hidden_size, z_CPR.shape[0], z_CPR.shape[2]),
+            *(0 if mask_TXR is None else mask_TXR.shape[2], first_column, num_columns),
+            SORTED=pairs.key_P is not None,
+            ACTIVATE=weights_TX is not None,
+            HAS_MASK=mask_TXR is not None,
+            DTYPE=dtype,
+            SPLIT_D=blocks.split_D,
+            BLOCK_D=blocks.block_D,
+            BLOCK_N=blocks.block_N,
+            num_warps=4,
+            num_stages=2,
+            **gpu.OPTIONS,
+        )
+
+    if pairs.key_P is None:
+        expand(out_TD, 0, hidden_size)
+        return out_TD
+    per_panel = MAX_DELTA_BYTES // (4 * pairs.number * blocks.block_N) * blocks.block_N
+    panel = min(hidden_size, max(per_panel, blocks.block_N))
+    delta_PN = torch.empty(pairs.number * panel, dtype=torch.float32, device=x_TD.device)
+    for first_column in range(0, hidden_size, panel):
+        num_columns = min(panel, hidden_size - first_column)
+        expand(delta_PN, first_column, num_columns)
+        _combine[(num_tokens, triton.cdiv(num_columns, 512))](
+            *(y_TD, pairs.ids_TX, tables.rank_E, delta_PN, out_TD),
+            *(width, num_experts, hidden_size, first_column, num_columns),
+            HAS_Y=y_TD is not None,
+            BLOCK_N=512,
+            **gpu.OPTIONS,
+        )
+    return out_TD
+
+
+def routed_units(
+    y_TD: Tensor,
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    rank_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None = None,
+) -> Tensor:
+    """As `routed_units_reference`."""
+    if ids_TX.numel() == 0 or rank_E.numel() == 0:
+        return y_TD.clone()
+    tables = Tables(down_row_E, up_row_E, rank_E, scale_E, silu_E).for_kernels()
+    y_TD, h_TD, ids_TX, weights_TX = y_TD.contiguous(), h_TD.contiguous(), ids_TX.contiguous(), weights_TX.contiguous()
+    down_SD, up_SD = down_SD.contiguous(), up_SD.contiguous()
+    mask_TXR = None if mask_TXR is None else mask_TXR.contiguous()
+    blocks = _Blocks.of(h_TD.shape[1], h_TD.device)
+    dtype = _product_dtype(h_TD, down_SD)
+    largest = min(_RANKS, down_SD.shape[0] if mask_TXR is None else mask_TXR.shape[2])
+    with gpu.on_device_of(h_TD):
+        is_decode = h_TD.shape[0] <= MAX_DECODE_TOKENS
+        pairs = _Pairs.in_order(ids_TX) if is_decode else _Pairs.by_expert(ids_TX, tables.rank_E, blocks)
+        z_CPR = _shrunk(h_TD, down_SD, tables.down_row_E, tables.rank_E, pairs, _whole(largest), blocks, dtype)
+        return _expanded(
+            y_TD, h_TD, weights_TX, down_SD, up_SD, tables, mask_TXR, pairs, z_CPR, blocks, dtype, y_TD.dtype
+        )
+
+
+def routed_units_backward(
+    grad_TD: Tensor,
+    h_TD: Tensor,
+    ids_TX: Tensor,
+    weights_TX: Tensor,
+    down_SD: Tensor,
+    up_SD: Tensor,
+    down_row_E: Tensor,
+    up_row_E: Tensor,
+    rank_E: Tensor,
+    scale_E: Tensor,
+    silu_E: Tensor,
+    mask_TXR: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `routed_units_backward_reference`; the rows of two adapter experts must not overlap. The host waits for the largest
+    rank. In bfloat16 throughout, products are of bfloat16 with float32 sums; otherwise all is float32.
+    """
+    grad_down_SD, grad_up_SD = torch.zeros_like(down_SD), torch.zeros_like(up_SD)
+    ranks = _whole(int(rank_E.max())) if rank_E.numel() and ids_TX.numel() else 0
+    if ranks == 0:
+        return torch.zeros_like(h_TD), torch.zeros_like(weights_TX), grad_down_SD, grad_up_SD
+    tables = Tables(down_row_E, up_row_E, rank_E, scale_E, silu_E).for_kernels()
+    grad_TD, h_TD, ids_TX, weights_TX = (t.contiguous() for t in (grad_TD, h_TD, ids_TX, weights_TX))
+    down_SD, up_SD = down_SD.contiguous(), up_SD.contiguous()
+    mask_TXR = None if mask_TXR is None else mask_TXR.contiguous()
+    hidden_size, num_experts = h_TD.shape[1], rank_E.numel()
+    blocks = _Blocks.of(hidden_size, h_TD.device)
+    is_bfloat16 = all(t.dtype == torch.bfloat16 for t in (grad_TD, h_TD, down_SD, up_SD))
+    dtype = tl.bfloat16 if is_bfloat16 else tl.float32
+    grad_weights_TX = torch.empty_like(weights_TX)
+    with gpu.on_device_of(h_TD):
+        pairs = _Pairs.by_expert(ids_TX, tables.rank_E, blocks)
+        assert pairs.key_P is not None
+        assert pairs.order_P is not None
+        z_1PR = _shrunk(h_TD, down_SD, tables.down_row_E, tables.rank_E, pairs, ranks, blocks, dtype)
+        b_1PR = _shrunk(grad_TD, up_SD, tables.up_row_E, tables.rank_E, pairs, ranks, blocks, dtype)
+        _bottleneck_gradients[(triton.cdiv(pairs.number, _PAIRS.value),)](
+            *(
+                ids_TX,
+                weights_TX,
+                tables.rank_E,
+                tables.scale_E,
+                tables.silu_E,
+                mask_TXR,
+                z_1PR,
+                b_1PR,
+                grad_weights_TX,
+            ),
+            *(pairs.number, num_experts, ranks, 0 if mask_TXR is None else mask_TXR.shape[2]),
+            HAS_MASK=mask_TXR is not None,
+            **gpu.OPTIONS,
+        )
+        through_down = tables._replace(up_row_E=tables.down_row_E)
+        grad_h_TD = _expanded(
+            None, h_TD, None, down_SD, down_SD, through_down, None, pairs, z_1PR, blocks, dtype, h_TD.dtype
+        )
+        experts_E = torch.arange(num_experts, dtype=torch.int32, device=h_TD.device)
+        end_E = torch.searchsorted(pairs.key_P, experts_E, right=True)
+        for x_TD, coefficient_1PR, first_row_E, grad_SD in (
+            (h_TD, z_1PR, tables.down_row_E, grad_down_SD),
+            (grad_TD, b_1PR, tables.up_row_E, grad_up_SD),
+        ):
+            _row_gradients[(num_experts, triton.cdiv(ranks, _PAIRS.value), triton.cdiv(hidden_size, blocks.block_N))](
+                *(x_TD, coefficient_1PR, pairs.order_P, end_E, first_row_E, tables.rank_E, grad_SD),
+                *(ids_TX.shape[1], hidden_size, ranks),
+                DTYPE=dtype,
+                BLOCK_P=32,
+                BLOCK_N=blocks.block_N,
+                num_warps=4,
+                num_stages=2,
+                **gpu.OPTIONS,
+            )
+    return grad_h_TD, grad_weights_TX, grad_down_SD, grad_up_SD
+
+
+def _whole(ranks: int) -> int:
+    """Rounded up to whole tiles."""
+    return triton.cdiv(ranks, _PAIRS.value) * _PAIRS.value
