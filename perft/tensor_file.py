@@ -98,7 +98,7 @@ def read_tensors(file: BinaryIO, tensors: Mapping[str, TensorInfo], targets: Map
         assert tuple(target.shape) == info.shape
         assert target.is_contiguous()
         file.seek(info.start)
-        left = memoryview(target.view(-1).view(torch.uint8).numpy())
+        left = target.view(-1).view(torch.uint8).numpy().data
         while left:
             num_read = file.readinto(left)  # type: ignore[attr-defined]
             if not num_read:

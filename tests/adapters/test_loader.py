@@ -19,6 +19,7 @@ from staging import BLOCKS, make_adapter, make_arena, read
 from tiny import random_adapter
 
 from perft import PerftConfig
+from perft import adapter as perft_adapter
 from perft.errors import AdapterError
 from perft_serve.adapters import loader as loader_module
 from perft_serve.adapters.arena import StagedAdapter
@@ -291,12 +292,11 @@ class Reads:
         self.sources: list[str] = []
         self.may_end = threading.Event()
         self.may_end.set()
-        original = loader_module.read_adapter
 
         def read_adapter(path: Path, blocks: object) -> object:
             self.sources.append(str(path))
             assert self.may_end.wait(30)
-            return original(path, blocks)  # type: ignore[arg-type]
+            return perft_adapter.read_adapter(path, blocks)  # type: ignore[arg-type]
 
         monkeypatch.setattr(loader_module, "read_adapter", read_adapter)
 
