@@ -6,8 +6,9 @@ both refuse the same things in the same words. Knows no HTTP, no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.engine.events import EngineRequest
@@ -63,8 +64,14 @@ class InputProcessor:
             return None
         return self.tokenizer.decode([token_id for token_id in ids if token_id not in self.tokenizer.special_ids])
 
-    def chat_ids(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None) -> tuple[int, ...]:
-        """Token ids of a conversation, open for the assistant's answer; cut if `params` say so, wherever that falls.
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template: Any
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation, open for the assistant's answer unless told otherwise; cut if `params` say so, wherever
+        that falls.
+
+        Args:
+            template: tools, variables and what else `TextTokenizer.render_chat` takes.
 
         Raises:
             RequestError: there is no tokenizer or no chat template, the template refuses the messages, or they are longer than
@@ -72,7 +79,7 @@ class InputProcessor:
         """
         if self.tokenizer is None:
             raise RequestError("this model has no tokenizer: use completions with token ids", param="messages")
-        text = self.tokenizer.render_chat(messages)
+        text = self.tokenizer.render_chat(messages, **template)
         self._limits.check_characters(len(text), self.tokenizer.max_token_characters)
         params = params or SamplingParams()
         at_most = self._limits.longest_prompt(params)
@@ -108,6 +115,10 @@ class InputProcessor:
             raise RequestError("this model has no tokenizer: use stop_token_ids in place of stop", param="stop")
         bad_words = self._bad_words(params.bad_words) if params.bad_words else ()
         self._limits.check_tokens(params, bad_words)
+        if params.structured_outputs is not None and self.tokenizer is None:
+            raise RequestError(
+                "this model has no tokenizer, which structured outputs need", param=params.structured_outputs.param
+            )
         self._limits.check_request(params, priority=priority, has_adapter=adapter is not None)
         others = params  # without a token to generate, they too are only there for that
         if scored_once and params.prompt_logprobs is not None and params.max_tokens != 0:

@@ -181,6 +181,9 @@ class LLM:
     ) -> list[RequestOutput]:
         adapter_list = _one_per_prompt("adapter", adapter, len(prompts), str)
         priority_list = _one_per_prompt("priority", priority, len(prompts), int)
+        for one_params in params_list:
+            if one_params.structured_outputs is not None:
+                self.engine.check_grammar(one_params.structured_outputs)
         refs = [None if name is None else self._resolve(name) for name in adapter_list]
         for ref in self.catalog.take_dropped():
             self.engine.retire(ref.name, ref.version)

@@ -113,13 +113,21 @@ class CompletionStream:
 
     Args:
         tokenizer: `None`: the completion has no text.
+        kept_ids: special tokens that are in the text, though others are not.
     """
 
-    def __init__(self, tokenizer: TextTokenizer | None, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer | None,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        kept_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self._detokenizer = (
             None
             if tokenizer is None
-            else Detokenizer(tokenizer, prompt_ids, skip_special_tokens=params.skip_special_tokens)
+            else Detokenizer(tokenizer, prompt_ids, skip_special_tokens=params.skip_special_tokens, kept_ids=kept_ids)
         )
         self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self._include_stop_token = params.include_stop_str_in_output
@@ -165,7 +173,7 @@ class CompletionStream:
         piece = ""
         if event.token_id is not None:
             self.num_tokens += 1
-            is_stop_token = event.finish_reason == "stop"
+            is_stop_token = event.finish_reason == "stop" and not event.completes
             if self._detokenizer is not None and (self._include_stop_token or not is_stop_token):
                 piece = self._detokenizer.step(event.token_id)
         if self._detokenizer is not None and event.finish_reason is not None:

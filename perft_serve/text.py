@@ -6,32 +6,46 @@ no tensors, no engine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-from transformers import AutoTokenizer
+from jinja2 import Environment, TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.meta import find_undeclared_variables
 
 from perft_serve.engine.params import RequestError
+from perft_serve.engine.vocabulary import load_vocabulary
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What bytes that are not (yet) a character decode to."""
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "tekken.json",
+# What the server gives templates, and arguments of the function that renders them: no request sets these beside its fields.
+_RESERVED = frozenset(
+    (
+        *(
+            "messages",
+            "tools",
+            "documents",
+            "add_generation_prompt",
+            "continue_final_message",
+            "bos_token",
+            "eos_token",
+        ),
+        *("conversation", "chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *("raise_exception", "strftime_now", "namespace", "dict", "range"),
+    )
 )
+# Transformers' own tag, which plain Jinja does not know
+_GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # A completion's text is decoded together with the prompt's last tokens, so that its first token is not mistaken for the
 # first of a text, where some tokenizers drop a leading space: at least so many, and more if they cut a character.
 _CONTEXT_TOKENS = range(4, 25)
 # A character is at most four tokens; text that has not come to a character's end after this many is not text.
 _MAX_HELD_TOKENS = 64
 _MAX_CACHED_TOKENS = 1 << 16
+_MAX_CACHED_NAMES = 256
 
 
 class TextTokenizer:
@@ -67,6 +81,7 @@ class TextTokenizer:
         self._anchor_ids = anchor[-1:]
         self._anchor_text = self.decode(self._anchor_ids)
         self._token_texts: dict[int, str] = {}
+        self._taken: dict[tuple[str, bool], bool] = {}
         self.max_token_characters = max(len(piece) for piece in backend.get_vocab(with_added_tokens=True))
 
     @property
@@ -107,27 +122,99 @@ class TextTokenizer:
         ids: list[int] = encoding.ids
         return ids
 
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written so, if there is one."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_ids else None
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of `token_ids`, special tokens included; ids that the tokenizer does not know give nothing."""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=False)
         return text
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """A conversation in the tokenizer's own template, open for the assistant's answer. Its special tokens are in it.
+    def chat_template(self, *, with_tools: bool = False) -> str:
+        """The template's source; some tokenizers have one of its own for conversations with tools. Empty if there is none."""
+        if not self.has_chat_template:
+            return ""
+        source: str = self._chat.get_chat_template(tools=[{}] if with_tools else None)
+        return source
+
+    def template_takes(self, name: str, *, with_tools: bool = False) -> bool:
+        """Whether the chat template makes something of a variable."""
+        key = name, with_tools
+        if key not in self._taken:
+            try:
+                source = _GENERATION_TAG.sub("", self.chat_template(with_tools=with_tools))
+                variables = find_undeclared_variables(Environment(extensions=[loopcontrols]).parse(source))
+            except TemplateError:
+                variables = set()
+            if len(self._taken) >= _MAX_CACHED_NAMES:
+                self._taken.clear()
+            self._taken[key] = name in variables
+        return self._taken[key]
+
+    def check_tools(self) -> None:
+        """Refuses tools for a model that would not hear of them.
 
         Raises:
-            RequestError: the tokenizer has no chat template, or the template refuses these messages.
+            RequestError: its chat template has no place for them.
+        """
+        if not self.template_takes("tools", with_tools=True):
+            raise RequestError("this model's chat template has no place for tools: leave them out", param="tools")
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation in the tokenizer's own template, which runs in a sandbox. Its special tokens are in it.
+
+        Args:
+            messages: as the template takes them.
+            tools: what the model may call, as JSON schemas in OpenAI's form.
+            add_generation_prompt: open it for the assistant's answer.
+            continue_final_message: leave the last message open, so that the answer continues it.
+            variables: further variables of the template.
+
+        Raises:
+            RequestError: the tokenizer has no chat template, or it refuses these messages, or has no such variable.
         """
         if not self.has_chat_template:
             raise RequestError("this model's tokenizer has no chat template: use completions instead", param="messages")
-        for message in messages:
-            for value in message.values():
-                check_unicode(value, param="messages")
+        if tools:
+            self.check_tools()
+        _check_unicode_within(messages, param="messages")
+        _check_unicode_within(tools, param="tools")
+        _check_unicode_within(variables or {}, param="chat_template_kwargs")
+        for name in variables or {}:
+            if name in _RESERVED or not self.template_takes(name, with_tools=bool(tools)):
+                raise RequestError(
+                    f"chat_template_kwargs: the model's chat template takes no {name!r} from requests: leave it out",
+                    param="chat_template_kwargs",
+                )
         try:
             text: str = self._chat.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(variables or {}),
             )
-        except TemplateError as error:
+        # templates come with models, and fail in every way that expressions can
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
@@ -174,13 +261,8 @@ def load_tokenizer(model: str) -> TextTokenizer | None:
         OSError: the folder does not exist; a Hub repository has no tokenizer, or cannot be reached.
         ValueError: the tokenizer is of a kind that the `tokenizers` library cannot run.
     """
-    folder = Path(model)
-    # AutoTokenizer makes an empty tokenizer of the right class for a folder that holds none.
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    if folder.is_absolute() and not folder.exists():
-        raise FileNotFoundError(f"there is no model at {model}")
-    return TextTokenizer(AutoTokenizer.from_pretrained(model))
+    tokenizer = load_vocabulary(model)
+    return None if tokenizer is None else TextTokenizer(tokenizer)
 
 
 def _plain(value: Any) -> Any:
@@ -207,6 +289,19 @@ def check_unicode(text: str, *, param: str) -> None:
         ) from error
 
 
+def _check_unicode_within(value: Any, *, param: str) -> None:
+    """`check_unicode` of every text in a value of JSON's kinds."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            check_unicode(item, param=param)
+        elif isinstance(item, Mapping):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+
+
 class Detokenizer:
     """Text of a sequence that grows by one token at a time; the pieces add up to the decoding of the whole.
 
@@ -216,13 +311,19 @@ class Detokenizer:
     Args:
         prompt_ids: what the sequence continues; none of its text is given out.
         skip_special_tokens: leave special tokens out.
+        kept_ids: special tokens that are not.
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+        self,
+        tokenizer: TextTokenizer,
+        prompt_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        kept_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = tokenizer.special_ids - kept_ids if skip_special_tokens else frozenset[int]()
         # The window: ids whose text is given out already as far as its first `_given` characters. It starts at a
         # character's border, and the next one will start at `_border`.
         self._window: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from perft.errors import AdapterError
-from perft_serve import LLM, RequestError, SamplingParams
+from perft_serve import LLM, RequestError, SamplingParams, StructuredOutputsParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -125,6 +126,19 @@ def test_n_completions_differ_and_a_seed_repeats_them(llm: LLM) -> None:
     assert first.prompt_logprobs is not None
     (other,) = llm.generate("hello world", replace(params, seed=8))
     assert other.outputs[0].token_ids != first.outputs[0].token_ids
+
+
+def test_structured_outputs(llm: LLM) -> None:
+    date = StructuredOutputsParams(regex="[0-9]{4}-[0-9]{2}")
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=1, n=2, structured_outputs=date)
+    (result,) = llm.generate("hello", params, adapter="routed")
+    for output in result.outputs:
+        assert re.fullmatch("[0-9]{4}-[0-9]{2}", output.text)
+        assert (output.finish_reason, output.stop_reason) == ("stop", None)
+    bad = SamplingParams(structured_outputs=StructuredOutputsParams(grammar="start: nowhere"))
+    with pytest.raises(RequestError, match="unknown name") as caught:
+        llm.generate(["hello", "there"], [params, bad])
+    assert caught.value.param == "structured_outputs"
 
 
 def test_chat_uses_the_template(llm: LLM) -> None:

@@ -21,9 +21,10 @@ from perft_serve.adapters.store import AdapterStore
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.counts import STEP_HISTOGRAMS, Counter, EngineCounts
 from perft_serve.engine.events import EngineRequest, EngineStats, TokenEvent
+from perft_serve.engine.grammar import GrammarError, Grammars
 from perft_serve.engine.limits import Limits
 from perft_serve.engine.pages import PagePool
-from perft_serve.engine.params import RequestError
+from perft_serve.engine.params import RequestError, StructuredOutputsParams
 from perft_serve.engine.policy import FirstComeFirstServed, LowestPriorityFirst
 from perft_serve.engine.runner import Runner
 from perft_serve.engine.scheduler import Plan, Scheduler
@@ -37,7 +38,8 @@ class Engine:
 
     Args:
         config: what to load and how large to be.
-        wake: called from another thread when an adapter has been read, or could not be: there is work again.
+        wake: called from another thread when an adapter has been read, or could not be, or a grammar has been compiled: there
+            is work again.
 
     Attributes:
         limits: the longest prompt plus completion, and the vocabulary.
@@ -54,15 +56,19 @@ class Engine:
         self._runner = Runner(config)
         self._counter = Counter()
         self._pool = PagePool(self._runner.num_pages, config.page_size, observe=self._counter.observe)
+        self._grammars = Grammars(
+            config.model, self._runner.vocab_size, self._runner.eos_token_ids, wake=self._tell_news
+        )
+        self._runner.grammars = self._grammars
         self.limits = self._limits(config)
         self.eos_token_ids = self._runner.eos_token_ids
         self.base_digest = self._runner.base_digest
         self._wake = wake
-        self._load_ended = threading.Event()
+        self._news = threading.Event()
         self._adapters = AdapterStore(
             self._runner.arena,
             host_bytes=config.host_adapter_memory,
-            wake=self._tell_load_ended,
+            wake=self._tell_news,
             observe=self._counter.observe,
         )
         self._updates: dict[tuple[str, int], AdapterStatus] = {}
@@ -102,13 +108,22 @@ class Engine:
         self.limits.check_length(request.prompt_ids, params)
         self.limits.check_tokens(params, request.bad_words)
         self.limits.check_request(params, priority=request.priority, has_adapter=ref is not None)
-        self._scheduler.add(
-            Sequence(
-                request=request,
-                seed=random.getrandbits(63) if params.seed is None else params.seed,
-                max_tokens=self.limits.room(request.prompt_ids) if params.max_tokens is None else params.max_tokens,
-            )
+        seq = Sequence(
+            request=request,
+            seed=random.getrandbits(63) if params.seed is None else params.seed,
+            max_tokens=self.limits.room(request.prompt_ids) if params.max_tokens is None else params.max_tokens,
         )
+        self._scheduler.add(seq, ready=params.structured_outputs is None)
+        if params.structured_outputs is not None:
+            self._grammars.start(seq, params)
+
+    def check_grammar(self, outputs: StructuredOutputsParams) -> None:
+        """Compile a grammar and wait for it, so that a request that has it can be refused before it is submitted.
+
+        Raises:
+            RequestError: there is something wrong with it.
+        """
+        self._grammars.check(outputs)
 
     def foresee(self, request: EngineRequest) -> None:
         """From any thread: this request will be submitted when the present step is over; what it needs may be fetched now."""
@@ -129,9 +144,10 @@ class Engine:
         Whatever it raises, the requests stay as they were before.
         """
         began = time.monotonic()
-        self._load_ended.clear()
+        self._news.clear()
         self._adapters.poll()
         self._take_updates()
+        self._take_grammars()
         polled = time.monotonic()
         plan = self._scheduler.schedule()
         scheduled = time.monotonic()
@@ -149,12 +165,14 @@ class Engine:
         return events
 
     def has_work(self) -> bool:
-        """Whether `step` would do something now. If not, nobody waits, or all that wait do so for adapters being read."""
-        return self._scheduler.has_work() or self._adapters.has_work()
+        """Whether `step` would do something now. If not, nobody waits, or all that do wait for adapters being read or
+        grammars being compiled.
+        """
+        return self._scheduler.has_work() or self._adapters.has_work() or self._grammars.has_news()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until an adapter has been read, or could not be; false after `timeout` seconds."""
-        return self._load_ended.wait(timeout)
+        """Block until an adapter has been read, or could not be, or a grammar is compiled; false after `timeout` seconds."""
+        return self._news.wait(timeout)
 
     def stats(self) -> EngineStats:
         """The engine's state now."""
@@ -207,7 +225,17 @@ class Engine:
     def close(self) -> None:
         """Drop all requests and stop what runs beside the steps."""
         self.abort_all()
+        self._grammars.close()
         self._adapters.close()
+
+    def _take_grammars(self) -> None:
+        for seq, grammar in self._grammars.poll():
+            assert isinstance(seq, Sequence)
+            if isinstance(grammar, GrammarError):
+                self._scheduler.refuse(seq, grammar.reason, "engine" if grammar.is_internal else "request")
+            else:
+                seq.grammar = grammar
+                self._scheduler.ready(seq)
 
     def _count_step(self, plan: Plan, times: tuple[float, ...]) -> None:
         """`times`: when each phase of the step began, and when the last ended."""
@@ -225,8 +253,8 @@ class Engine:
             else:
                 self._scheduler.adapter_changed(name, version)
 
-    def _tell_load_ended(self) -> None:
-        self._load_ended.set()
+    def _tell_news(self) -> None:
+        self._news.set()
         if self._wake is not None:
             self._wake()
 

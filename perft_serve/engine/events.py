@@ -99,6 +99,7 @@ class TokenEvent:
         prompt_logprobs: one entry per prompt token, the first `None`; on the first event, if asked for.
         finish_reason: `stop` (end-of-sequence or a stop token: `stop_reason` holds a stop token's id), `length`,
             `abort`, `error` (`error` says why).
+        completes: it is over (`stop`) because its grammar has nothing to add: the last token is of the text.
         error_kind: whose error it is: the adapter's, which could not be loaded; nobody's, it was deleted while the request
             was in flight; the request's, which left no token to choose; or else the engine's.
         timing: on the first event, unless the request ended before it was ever scheduled.
@@ -113,6 +114,7 @@ class TokenEvent:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
+    completes: bool = False
     error: str | None = None
     error_kind: ErrorKind | None = None
     timing: Timing | None = None

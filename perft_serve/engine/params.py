@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 from perft.errors import PerftError
 
@@ -22,6 +23,114 @@ class RequestError(PerftError):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+# Of a schema, expression or grammar as text; hostile ones of this length take a tenth of a second to compile, or to refuse.
+MAX_GRAMMAR_CHARACTERS = 1 << 16
+MAX_CHOICES = 1024
+
+GrammarKind = Literal["json", "regex", "choice", "grammar", "json_object"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StructuredOutputsParams:
+    """What a text must look like: exactly one of the first five, with vLLM's names and meanings.
+
+    Args:
+        json: a JSON schema; as a mapping, or as text, which it becomes.
+        regex: a regular expression (the syntax of Rust's `regex`) for all of the text.
+        choice: the text is one of these.
+        grammar: a context-free grammar, in llguidance's Lark syntax or as GBNF.
+        json_object: the text is any JSON object.
+        disable_any_whitespace: JSON without any white space, rather than with what the model likes.
+        whitespace_pattern: JSON with white space that this regular expression matches.
+        param: what the client calls this, for error messages.
+
+    Raises:
+        RequestError: not exactly one is given, or it is not what it should be. Whether it can be compiled, the engine says.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+    param: str = "structured_outputs"
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        if self.json_object not in (None, True, False):
+            self._refuse("json_object must be true or false")
+        given += ["json_object"] * bool(self.json_object)
+        if len(given) != 1:
+            what = "none" if not given else " and ".join(given)
+            self._refuse(f"exactly one of json, regex, choice, grammar and json_object must be given, not {what}")
+        if self.json is not None:
+            object.__setattr__(self, "json", self._schema())
+        if self.choice is not None:
+            self._check_choice()
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                self._refuse(f"{name} must be a string, got {value!r:.80}")
+            self._check_text(name, value or "")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            self._refuse("disable_any_whitespace leaves nothing for whitespace_pattern to match: leave one out")
+
+    @property
+    def kind(self) -> tuple[GrammarKind, str]:
+        """Which of the five it is, and that one as text (the choices as JSON)."""
+        if isinstance(self.json, str):
+            return "json", self.json
+        if self.regex is not None:
+            return "regex", self.regex
+        if self.choice is not None:
+            return "choice", json.dumps(self.choice)
+        if self.grammar is not None:
+            return "grammar", self.grammar
+        return "json_object", ""
+
+    def _schema(self) -> str:
+        """The schema as the text that JSON has for it, whatever text it was given as."""
+        schema = self.json
+        try:
+            if isinstance(schema, str):
+                self._check_text("json", schema)
+                schema = json.loads(schema)
+            text = json.dumps(schema, allow_nan=False)
+        except RecursionError:
+            self._refuse("the JSON schema is nested too deeply")
+        except (ValueError, TypeError) as error:
+            self._refuse(f"the JSON schema is not JSON: {error}")
+        if not isinstance(schema, dict):
+            self._refuse("the JSON schema must be an object")
+        self._check_text("json", text)
+        return text
+
+    def _check_choice(self) -> None:
+        if not isinstance(self.choice, (list, tuple)) or not all(isinstance(each, str) for each in self.choice):
+            self._refuse("choice must be a list of strings")
+        object.__setattr__(self, "choice", tuple(self.choice))
+        if not self.choice or not all(self.choice):
+            self._refuse("choice must be a list of strings that are not empty, with one at least")
+        if len(self.choice) > MAX_CHOICES:
+            self._refuse(f"at most {MAX_CHOICES} choices, got {len(self.choice)}")
+        for each in self.choice:
+            self._check_text("choice", each)
+
+    def _check_text(self, name: str, text: str) -> None:
+        if len(text) > MAX_GRAMMAR_CHARACTERS:
+            self._refuse(f"{name} has {len(text)} characters; at most {MAX_GRAMMAR_CHARACTERS} are taken")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            self._refuse(f"{name} is not valid Unicode: lone surrogate at character {error.start}")
+
+    def _refuse(self, message: str) -> NoReturn:
+        where = self.param if isinstance(self.param, str) else "structured_outputs"
+        raise RequestError(f"{where}: {message}", param=where)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +158,7 @@ class SamplingParams:
             multiplied with if it is negative; above 1 discourages.
         allowed_token_ids: no others are taken; `None`: all may be.
         bad_words: strings whose tokens are never generated in a row, with and without a space before them.
+        structured_outputs: what the text must look like; it ends when nothing can be added.
         logprobs: how many of the likeliest tokens to report at each generated position, beside the chosen one;
             0 reports the chosen one only, `None` nothing. Log-probabilities are of the model's own
             distribution, before bias, penalties, temperature and filters.
@@ -81,6 +191,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -101,6 +212,11 @@ class SamplingParams:
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise RequestError(
                 f"at most {MAX_STOP_TOKEN_IDS} stop token ids, got {len(self.stop_token_ids)}", param="stop_token_ids"
+            )
+        if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
+            raise RequestError(
+                f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r:.80}",
+                param="structured_outputs",
             )
         self._check_ints()
         _check_float("temperature", self.temperature, 0.0, 2.0)

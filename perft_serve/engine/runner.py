@@ -5,9 +5,11 @@ It knows no queue and no names: adapters are slots of the arena here.
 
 from __future__ import annotations
 
+import math
 import time
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from perft_serve.engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from perft_serve.engine.decode_programs import DecodePrograms
 from perft_serve.engine.digest import base_digest
 from perft_serve.engine.events import Routing, TokenLogprobs
+from perft_serve.engine.grammar import Grammar, Grammars, allowed
 from perft_serve.engine.logits import LogitEditor
 from perft_serve.engine.packing import pack
 from perft_serve.engine.sampler import EditedRows, Fault, sample, token_logprobs, uniform
@@ -36,6 +39,9 @@ from perft_serve.engine.sequence import Sequence
 # these choose rotary frequencies by the longest sequence of a batch, so a request would depend on its neighbours
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
+# Sequences that follow a grammar, and the masks over the vocabulary that are being computed for them
+Masks: TypeAlias = "tuple[list[Sequence], Future[Tensor]]"
+
 
 class Runner:
     """A base model that computes steps.
@@ -44,6 +50,7 @@ class Runner:
         config: names the model, its dtype and device, and the sizes of KV cache and arena.
 
     Attributes:
+        grammars: computes the masks of sequences that follow a grammar.
         arena: the adapters' memory.
         vocab_size, max_position_embeddings, eos_token_ids, base_digest: facts about the model.
         num_pages: pages that the KV cache has to give.
@@ -68,6 +75,7 @@ class Runner:
         self.eos_token_ids = _eos_token_ids(self._model)
         self.dtype = self._model.dtype
         self._editor = LogitEditor(self.eos_token_ids, self.vocab_size, self.device)
+        self.grammars = Grammars(config.model, self.vocab_size, self.eos_token_ids)
         blocks = find_moe_blocks(self._model)
         pack(self._model, blocks)
         use_kernels(self._model, blocks)
@@ -108,6 +116,7 @@ class Runner:
     def run(self, plan: Plan) -> list[ChunkResult]:
         """Compute one step; the plan has at least one chunk."""
         self._cache.clear(plan.new_pages)
+        masks = self._begin_masks(plan)
         batch = build_batch(plan, self._page_size)
         # what is computed on the way of a recorded step, nobody sees
         programs = None if batch.routed_rows else self._programs
@@ -117,7 +126,7 @@ class Runner:
             self._seam.routes = self.balances.begin(batch)
             logits_NV = self._forward(batch.to(self.device), torch.tensor(batch.logit_rows or (0,), device=self.device))
         self.computed_at = time.monotonic()
-        results = self._results(plan, logits_NV)
+        results = self._results(plan, logits_NV, masks)
         if self._seam.routes is not None:  # only now, when the step's tokens are there and nobody waits for the device
             self.balances.note(plan, self._seam.routes)
             self._seam.routes = None
@@ -143,7 +152,12 @@ class Runner:
         )
         return output.logits[0].float()
 
-    def _results(self, plan: Plan, logits_NV: Tensor) -> list[ChunkResult]:
+    def _begin_masks(self, plan: Plan) -> Masks | None:
+        """Have the masks of this step's sequences computed while the model runs."""
+        seqs = [chunk.seq for chunk in plan.chunks if chunk.samples and chunk.seq.grammar is not None]
+        return (seqs, self.grammars.masks([_grammar(seq) for seq in seqs])) if seqs else None
+
+    def _results(self, plan: Plan, logits_NV: Tensor, masks: Masks | None) -> list[ChunkResult]:
         scored: list[tuple[Chunk, slice]] = []  # chunks with prompt tokens to score, and their rows
         sampled: list[tuple[Chunk, int]] = []  # chunks with a token to choose, and its row
         row = 0
@@ -155,7 +169,7 @@ class Runner:
                 row += 1
             if chunk.samples:
                 sampled.append((chunk, row - 1))
-        results = self._sample(sampled, logits_NV)
+        results = self._sample(sampled, logits_NV, masks)
         prompt_logprobs = {chunk.seq: self._score(chunk, logits_NV[rows]) for chunk, rows in scored}
         return [
             ChunkResult(
@@ -169,7 +183,9 @@ class Runner:
             for result in (results.get(chunk.seq, ChunkResult()),)
         ]
 
-    def _sample(self, sampled: list[tuple[Chunk, int]], logits_NV: Tensor) -> dict[Sequence, ChunkResult]:
+    def _sample(
+        self, sampled: list[tuple[Chunk, int]], logits_NV: Tensor, masks: Masks | None
+    ) -> dict[Sequence, ChunkResult]:
         """What comes of each chunk that gets a token."""
         if not sampled:
             return {}
@@ -179,7 +195,8 @@ class Runner:
         )
         seqs = [chunk.seq for chunk, _ in sampled]
         draws = [uniform(seq.seed, seq.request.choice, len(seq.token_ids)) for seq in seqs]
-        tokens, faults = sample(logits_BV, [seq.request.params for seq in seqs], draws, self._edited(seqs, logits_BV))
+        edited = self._edited(seqs, logits_BV, masks)
+        tokens, faults = sample(logits_BV, [seq.request.params for seq in seqs], draws, edited)
         wanted = [i for i, seq in enumerate(seqs) if faults[i] is None and seq.request.params.logprobs is not None]
         logprobs: dict[int, TokenLogprobs] = {}
         if wanted:
@@ -193,13 +210,24 @@ class Runner:
             for i, seq in enumerate(seqs)
         }
 
-    def _edited(self, seqs: list[Sequence], logits_BV: Tensor) -> EditedRows | None:
+    def _edited(self, seqs: list[Sequence], logits_BV: Tensor, masks: Masks | None) -> EditedRows | None:
         """The logits of the sequences that have them changed; log-probabilities are of those that were there before."""
-        rows = [i for i, seq in enumerate(seqs) if seq.edits_logits]
+        rows = [i for i, seq in enumerate(seqs) if seq.edits_logits or seq.grammar is not None]
         if not rows:
             return None
         logits_RV = logits_BV[rows]  # a copy
-        self._editor.edit(logits_RV, [seqs[i] for i in rows])
+        edited = [r for r, i in enumerate(rows) if seqs[i].edits_logits]
+        if edited:
+            some_RV = logits_RV[edited]
+            self._editor.edit(some_RV, [seqs[rows[r]] for r in edited])
+            logits_RV[edited] = some_RV
+        if masks is not None:
+            followers, mask = masks
+            place = {seq: r for r, seq in enumerate(followers)}
+            following = [r for r, i in enumerate(rows) if seqs[i].grammar is not None]
+            mask_BW = mask.result()[[place[seqs[rows[r]]] for r in following]]
+            forbidden_BV = ~allowed(mask_BW, self.vocab_size, self.device)
+            logits_RV[following] = logits_RV[following].masked_fill(forbidden_BV, -math.inf)
         return EditedRows(tuple(rows), logits_RV)
 
     def _with_routing(self, plan: Plan, results: list[ChunkResult]) -> list[ChunkResult]:
@@ -259,11 +287,20 @@ class Runner:
         return shapes
 
 
+def _grammar(seq: Sequence) -> Grammar:
+    """The grammar of a sequence that has one."""
+    assert isinstance(seq.grammar, Grammar)
+    return seq.grammar
+
+
 def _faulty(seq: Sequence, fault: Fault) -> ChunkResult:
     """The end of a sequence for which no token can be chosen."""
     if fault == "nothing left":
+        reason = None if seq.grammar is None else _grammar(seq).error
         return ChunkResult(
-            error="no token is left to choose: allowed_token_ids, bad_words and min_tokens together exclude all of them",
+            error=reason
+            or "no token is left to choose: allowed_token_ids, bad_words, min_tokens and structured_outputs together exclude "
+            "all of them",
             error_kind="request",
         )
     adapter = seq.request.adapter

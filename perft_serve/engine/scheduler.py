@@ -188,6 +188,7 @@ class Scheduler:
         self._on_adapter: dict[AdapterKey, dict[Sequence, None]] = {}  # all that are on one, wherever they are
         self._numbers = itertools.count()
         # A sequence is in one of these:
+        self._unready: dict[Sequence, None] = {}  # its grammar is being compiled
         self._running: dict[Sequence, None] = {}  # holds pages; in the order in which they started
         self._entering: deque[Sequence] = deque()  # preempted, or chosen to start: wants nothing but pages
         self._parked: dict[AdapterKey, _Parked] = {}  # waits for its adapter
@@ -229,15 +230,30 @@ class Scheduler:
             or (self._held_back.first() is not None and self._gate() is None)
         )
 
-    def add(self, seq: Sequence) -> None:
-        """Put a new sequence in line."""
+    def add(self, seq: Sequence, *, ready: bool = True) -> None:
+        """Put a new sequence in line; one that is not ready stands there from the moment it is (`ready`, or `refuse`)."""
         if seq.request.adapter is not None:
             self._adapters.enter(seq.request.adapter)
             self._on_adapter.setdefault(_key(seq.request.adapter), {})[seq] = None
         seq.number = next(self._numbers)
         seq.queued_at = time.monotonic()
         self._by_id[seq.request.request_id] = seq
-        self._order.add(seq)
+        if ready:
+            self._order.add(seq)
+        else:
+            self._unready[seq] = None
+
+    def ready(self, seq: Sequence) -> None:
+        """A sequence that was not ready is; one that has been dropped meanwhile is ignored."""
+        if seq in self._unready:
+            del self._unready[seq]
+            self._order.add(seq)
+
+    def refuse(self, seq: Sequence, error: str, kind: ErrorKind) -> None:
+        """A sequence that was not ready never will be; the next `commit` says so."""
+        if seq in self._unready:
+            del self._unready[seq]
+            self._fail(seq, error, kind)
 
     def abort(self, request_id: str) -> bool:
         """Drop a sequence wherever it is and free what it holds; false if it is not there."""
@@ -301,6 +317,8 @@ class Scheduler:
                 events.append(self._finish(seq, result, "error"))
             elif result.token_id is not None:
                 seq.token_ids.append(result.token_id)
+                if seq.grammar is not None:
+                    seq.grammar.accept(result.token_id)
                 events.append(self._finish(seq, result, self._finish_reason(seq, result.token_id)))
             elif seq.num_to_compute == 0:  # a prompt that was only to be scored
                 events.append(self._finish(seq, result, "length"))
@@ -565,6 +583,8 @@ class Scheduler:
         parked = None if ref is None else self._parked.get(_key(ref))
         if seq in self._running:
             del self._running[seq]
+        elif seq in self._unready:
+            del self._unready[seq]
         elif seq in self._entering:
             self._entering.remove(seq)
         elif parked is not None and seq in parked.seqs:
@@ -606,10 +626,14 @@ class Scheduler:
         self._drop(seq)
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        params = seq.request.params
-        if token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos):
+        if self._is_end(seq, token_id) or (seq.grammar is not None and seq.grammar.is_complete):
             return "stop"
         return "length" if seq.num_generated >= seq.max_tokens else None
+
+    def _is_end(self, seq: Sequence, token_id: int) -> bool:
+        """Whether a token ends the text without being of it."""
+        params = seq.request.params
+        return token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
 
     def _finish(self, seq: Sequence, result: ChunkResult, reason: FinishReason | None) -> TokenEvent:
         """The event of a sequence's step; with a reason, the sequence is over and what it held is free."""
@@ -632,6 +656,7 @@ class Scheduler:
             prompt_logprobs=tuple(seq.prompt_logprobs) if first and seq.prompt_logprobs is not None else None,
             finish_reason=reason,
             stop_reason=result.token_id if by_stop_token else None,
+            completes=reason == "stop" and result.token_id is not None and not self._is_end(seq, result.token_id),
             error=result.error,
             error_kind=None if result.error is None else result.error_kind,
             timing=timing,

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from perft_serve.adapters.status import Lease
 from perft_serve.engine.events import EngineRequest, Routing, TokenLogprobs
+
+
+class Follower(Protocol):
+    """What a sequence needs of its grammar (`perft_serve.engine.grammar.Grammar`)."""
+
+    def accept(self, token_id: int) -> None:
+        """The sequence has got a token."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can be added to the text."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +40,8 @@ class Sequence:
         width: the most adapter experts that one of its tokens takes.
         root: where the hashes of its pages start; `page_hashes` are those of its first pages, as far as they were needed.
         num_cached_tokens: tokens of the prompt that were in the prefix cache when it started.
+        grammar: what its tokens must follow, once that is compiled; it has seen all that were generated, and being computed
+            again changes nothing about it.
         passed_over: how many later arrivals have started while it waited for room in the arena; settled when it does so no
             longer, and counted up to `policy.MAX_PASSED_OVER`.
         edits_logits: whether its logits are changed before a token is chosen.
@@ -52,6 +66,7 @@ class Sequence:
     root: bytes = b""
     page_hashes: list[bytes] = field(default_factory=list)
     num_cached_tokens: int = 0
+    grammar: Follower | None = None
     passed_over: int = 0
     edits_logits: bool = False
     edits: object = None

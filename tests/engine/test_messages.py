@@ -39,7 +39,7 @@ from perft_serve.engine.messages import (
     decode_report,
     encode,
 )
-from perft_serve.engine.params import SamplingParams
+from perft_serve.engine.params import SamplingParams, StructuredOutputsParams
 
 REF = AdapterRef(name="größe/v1", source="s3://bucket/x@é", version=3)
 PARAMS = SamplingParams(
@@ -61,6 +61,7 @@ PARAMS = SamplingParams(
     allowed_token_ids=(5, 6),
     bad_words=("ü",),
     include_stop_str_in_output=True,
+    structured_outputs=StructuredOutputsParams(choice=("é", "b"), whitespace_pattern=" ?", param="guided_choice"),
     logprobs=3,
     prompt_logprobs=0,
     skip_special_tokens=False,
