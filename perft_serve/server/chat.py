@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fastapi import Request
 from starlette.responses import Response
 
+from perft_serve.engine.params import RequestError
 from perft_serve.outputs import Delta
 from perft_serve.server.logprobs import LogprobFormat
 from perft_serve.server.protocol import (
@@ -18,12 +19,16 @@ from perft_serve.server.protocol import (
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
+    ChatFinishReason,
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
+    FunctionDelta,
+    ToolCallDelta,
     Usage,
 )
 from perft_serve.server.service import Fingerprint, Generation, Prompt, ReplyFormat, Service, StreamMode, routing_of
+from perft_serve.server.tools import FORMATS, CallDelta, Piece, ToolCallReader, ToolFormat, format_of
 
 
 class ChatEndpoint:
@@ -39,10 +44,9 @@ class ChatEndpoint:
         raw = await service.read_json(request)
         body = await service.parse(ChatRequest, raw)
         adapter = service.models.resolve(body.model)
-        params = body.params()
-        ids = await service.encode(
-            raw, lambda: service.inputs.chat_ids([message.as_dict() for message in body.messages], params)
-        )
+        tool_format = self._tool_format(body)
+        params = body.params(None if tool_format is None else self._grammar(body, tool_format))
+        ids = await service.encode(raw, lambda: service.inputs.chat_ids(params=params, **body.rendering(body.messages)))
         request_id: str = request.state.request_id
         tenant: str = request.state.tenant
         requests = service.inputs.engine_requests(
@@ -62,16 +66,62 @@ class ChatEndpoint:
             continuous_usage=options is not None and bool(options.continuous_usage_stats),
         )
         prompt = Prompt(ids=ids, text=None)
-        reply = ChatFormat(service, body, request_id, prompt)
-        return await service.respond(
-            request, Generation(service.tokenizer, [(prompt, requests)], reply, mode), body.model
+        reply = ChatFormat(service, body, request_id, prompt, tool_format)
+        marks = self._special(tool_format) if tool_format is not None else {}
+        generation = Generation(
+            service.tokenizer, [(prompt, requests)], reply, mode, kept_ids=frozenset(marks.values())
         )
+        return await service.respond(request, generation, body.model)
+
+    def _tool_format(self, body: ChatRequest) -> ToolFormat | None:
+        """How the model writes tool calls; `None` if it may make none.
+
+        Raises:
+            RequestError: it knows of no tools, or nobody knows how it writes calls.
+        """
+        tokenizer = self._service.tokenizer
+        if not body.offered_tools or tokenizer is None:
+            return None
+        tokenizer.check_tools()
+        configured = self._service.tool_call_parser
+        known = format_of(tokenizer.chat_template(with_tools=True)) if configured == "auto" else FORMATS[configured]
+        if known is None:
+            raise RequestError(
+                "this model's chat template does not show how it writes tool calls: the server must be told "
+                "(--tool-call-parser)",
+                param="tools",
+            )
+        return known
+
+    def _special(self, tool_format: ToolFormat) -> dict[str, int]:
+        """The token ids of the marks that are special tokens."""
+        tokenizer = self._service.tokenizer
+        assert tokenizer is not None
+        found = {mark: tokenizer.special_id(mark) for mark in (tool_format.begin, tool_format.end) if mark}
+        return {mark: token_id for mark, token_id in found.items() if token_id is not None}
+
+    def _grammar(self, body: ChatRequest, tool_format: ToolFormat) -> str | None:
+        """The grammar that the answer must follow, if it must be a call."""
+        forced = body.forced_tools()
+        if forced is None:
+            return None
+        tools = [(tool.function.name, tool.function.parameters or {"type": "object"}) for tool in forced]
+        # one that is named is called once
+        parallel = body.parallel_tool_calls is not False and body.tool_choice == "required"
+        return tool_format.grammar(tools, self._special(tool_format), parallel=parallel)
 
 
 class ChatFormat(ReplyFormat):
     """Answers as OpenAI's API writes them."""
 
-    def __init__(self, service: Service, body: ChatRequest, request_id: str, prompt: Prompt) -> None:
+    def __init__(
+        self,
+        service: Service,
+        body: ChatRequest,
+        request_id: str,
+        prompt: Prompt,
+        tool_format: ToolFormat | None = None,
+    ) -> None:
         self._id = f"chatcmpl-{request_id}"
         self._created = int(time.time())
         self._body = body
@@ -79,6 +129,8 @@ class ChatFormat(ReplyFormat):
         self._logprobs = LogprobFormat(service.tokenizer, as_token_ids=bool(body.return_tokens_as_token_ids))
         self._fingerprint = Fingerprint(service.client.base_digest)
         self._started: set[int] = set()
+        self._tool_format = tool_format
+        self._readers: dict[int, ToolCallReader] = {}
 
     def chunk(self, index: int, delta: Delta, usage: Usage | None) -> str | None:
         self._fingerprint.see([delta])
@@ -86,14 +138,21 @@ class ChatFormat(ReplyFormat):
         self._started.add(index)
         logprobs = self._logprobs_of([delta])
         shows_ids = bool(self._body.return_token_ids) and delta.token_id is not None
-        if not (is_first or delta.text or delta.finish_reason or logprobs or shows_ids or delta.routing):
+        piece = self._read(index, delta)
+        if not (
+            is_first or piece.content or piece.calls or delta.finish_reason or logprobs or shows_ids or delta.routing
+        ):
             return None
-        message = ChatMessage(role="assistant", content=delta.text) if is_first else ChatMessage(content=delta.text)
+        message = ChatMessage(role="assistant") if is_first else ChatMessage()
+        if piece.content or not piece.calls:
+            message.content = piece.content
+        if piece.calls:
+            message.tool_calls = [_call(call, with_index=True) for call in piece.calls]
         choice = ChatChunkChoice(
             index=index,
             delta=message,
             logprobs=logprobs,
-            finish_reason=delta.finish_reason,
+            finish_reason=self._finish_reason(index, delta),
             stop_reason=delta.stop_reason,
         )
         if shows_ids:
@@ -142,11 +201,22 @@ class ChatFormat(ReplyFormat):
         )
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> ChatChoice:
-        finish_reason = deltas[-1].finish_reason
+        content = ""
+        calls: dict[int, CallDelta] = {}
+        for delta in deltas:
+            piece = self._read(index, delta)
+            content += piece.content
+            for call in piece.calls:
+                calls.setdefault(call.index, CallDelta(index=call.index, id=call.id, name=call.name))
+                calls[call.index].arguments += call.arguments
+        finish_reason = self._finish_reason(index, deltas[-1])
         assert finish_reason is not None, "not finished"
+        message = ChatMessage(role="assistant", content=content if content or not calls else None)
+        if calls:
+            message.tool_calls = [_call(call, with_index=False) for call in calls.values()]
         choice = ChatChoice(
             index=index,
-            message=ChatMessage(role="assistant", content="".join(delta.text for delta in deltas)),
+            message=message,
             logprobs=self._logprobs_of(deltas),
             finish_reason=finish_reason,
             stop_reason=deltas[-1].stop_reason,
@@ -157,9 +227,39 @@ class ChatFormat(ReplyFormat):
             choice.routing = routing
         return choice
 
+    def _read(self, index: int, delta: Delta) -> Piece:
+        """What is text and what are tool calls of what was added to a choice."""
+        if self._tool_format is None:
+            return Piece(content=delta.text)
+        reader = self._readers.get(index)
+        if reader is None:
+            parallel = self._body.parallel_tool_calls is not False
+            reader = self._readers[index] = ToolCallReader(self._tool_format, parallel=parallel)
+        piece = reader.push(delta.text)
+        if delta.finish_reason is not None:
+            piece.content += reader.flush().content
+        return piece
+
+    def _finish_reason(self, index: int, delta: Delta) -> ChatFinishReason | None:
+        """Why a choice has ended: a call is a reason of its own, if it is whole."""
+        reader = self._readers.get(index)
+        if delta.finish_reason == "stop" and reader is not None and reader.num_calls:
+            return "tool_calls"
+        return delta.finish_reason
+
     def _logprobs_of(self, deltas: Sequence[Delta]) -> ChatLogprobs | None:
         entries = [delta.logprobs for delta in deltas if delta.logprobs is not None]
         return self._logprobs.chat(entries) if entries else None
+
+
+def _call(call: CallDelta, *, with_index: bool) -> ToolCallDelta:
+    """A call, or what is added to it, as OpenAI's API writes it."""
+    written = ToolCallDelta(function=FunctionDelta(arguments=call.arguments))
+    if with_index:
+        written.index = call.index
+    if call.name is not None:
+        written.id, written.type, written.function.name = call.id, "function", call.name
+    return written
 
 
 def _token_ids(deltas: Sequence[Delta]) -> list[int]:

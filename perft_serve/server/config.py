@@ -57,6 +57,14 @@ class ServerConfig:
             "help": "The most tokens, prompts and completions together, that a request with return_routing may have; 0: none."
         },
     )
+    tool_call_parser: str = field(
+        default="auto",
+        metadata={
+            "help": "How the model writes tool calls: hermes (Qwen, Hermes, SmolLM), mistral (Mixtral, Mistral), or auto: as "
+            "its chat template shows.",
+            "choices": ("auto", "hermes", "mistral"),
+        },
+    )
     max_adapter_labels: int = field(
         default=50,
         metadata={"help": "The most adapters that have metrics of their own, by traffic; the rest share one label."},
@@ -145,6 +153,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
+        if self.tool_call_parser not in ("auto", "hermes", "mistral"):
+            raise ValueError(f"tool_call_parser must be auto, hermes or mistral, got {self.tool_call_parser!r}")
         parse_keys(self.api_keys)
         at_least_1 = (
             "max_body_size",

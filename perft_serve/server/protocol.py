@@ -17,46 +17,40 @@ from pydantic_core import ErrorDetails, from_json
 
 from perft_serve.adapters.status import AdapterState
 from perft_serve.engine.events import FinishReason
-from perft_serve.engine.params import MAX_LOGIT_BIAS, MAX_LOGPROBS, RequestError, SamplingParams
+from perft_serve.engine.params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    RequestError,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from perft_serve.server.errors import ApiError
 
 # Fields of OpenAI's and vLLM's APIs that this server does not implement, and the values that ask for nothing.
 _NEUTRAL_IN_BOTH: dict[str, tuple[Any, ...]] = {
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1),
     "logits_processors": (None, []),
     "metadata": (None, {}),
-    "response_format": (None, {"type": "text"}),
     "service_tier": (None, "auto", "default"),
     "spaces_between_special_tokens": (None, True),
     "store": (None, False),
-    "structured_outputs": (None,),
     "use_beam_search": (None, False),
     "vllm_xargs": (None, {}),
 }
 _NEUTRAL_IN_COMPLETIONS = {**_NEUTRAL_IN_BOTH, "prompt_embeds": (None,), "suffix": (None, "")}
 _NEUTRAL_IN_CHAT = {
     **_NEUTRAL_IN_BOTH,
-    "add_generation_prompt": (None, True),
     "add_special_tokens": (None, False),
     "audio": (None,),
     "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "continue_final_message": (None, False),
     "documents": (None, []),
     "echo": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
     "modalities": (None, ["text"]),
-    "parallel_tool_calls": (None, True, False),  # means nothing without tools
     "prediction": (None,),
     "reasoning_effort": (None,),
-    "tool_choice": (None, "none", "auto"),  # "auto" leaves it to the model, which has no tools
-    "tools": (None, []),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
@@ -64,9 +58,7 @@ _NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "annotations": (None, []),
     "audio": (None,),
     "function_call": (None,),
-    "name": (None,),
     "refusal": (None,),
-    "tool_calls": (None, []),
 }
 
 # What to say where pydantic would list every branch of a union.
@@ -74,6 +66,8 @@ _EXPECTED = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
     "stop": "a string or a list of strings",
     "content": "a string or a list of text parts",
+    "tool_choice": "none, auto, required, or a function by name",
+    "guided_json": "a JSON schema, as an object or as text",
 }
 
 
@@ -89,6 +83,7 @@ _List = Annotated[list[ItemT], _FirstErrorOnly()]
 
 # Of messages and their parts: far more than a context holds, and checked in a fraction of a second, in which nothing else runs.
 MAX_PARTS = 1 << 14
+MAX_TOOLS = 128
 
 
 class _Request(BaseModel):
@@ -110,6 +105,40 @@ class StreamOptions(_Request):
 
     include_usage: bool | None = Field(default=None, description="Send a last chunk with the token counts.")
     continuous_usage_stats: bool | None = Field(default=None, description="Send the token counts in every chunk.")
+
+
+class JsonSchemaFormat(_Request):
+    """A JSON schema with a name. It is always kept to, strict or not."""
+
+    name: str
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Request):
+    """What the text must look like, as OpenAI's API says it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(_Request):
+    """What the text must look like, as vLLM's API says it: exactly one of the first five."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "disable_additional_properties": (None, False),
+        "disable_fallback": (None, False),
+        "structural_tag": (None,),
+    }
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json", description="A JSON schema.")
+    regex: str | None = None
+    choice: _List[str] | None = None
+    grammar: str | None = Field(default=None, description="In llguidance's Lark syntax, or GBNF.")
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+    whitespace_pattern: str | None = None
 
 
 class _SamplingRequest(_Request):
@@ -142,6 +171,14 @@ class _SamplingRequest(_Request):
     bad_words: _List[str] | None = Field(
         default=None, description="Never generated, with a space before them or without."
     )
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = Field(
+        default=None, description="Older name of `structured_outputs.json`."
+    )
+    guided_regex: str | None = Field(default=None, description="Older name of `structured_outputs.regex`.")
+    guided_choice: _List[str] | None = Field(default=None, description="Older name of `structured_outputs.choice`.")
+    guided_grammar: str | None = Field(default=None, description="Older name of `structured_outputs.grammar`.")
     best_of: int | None = Field(default=None, description="As `n`: all that are generated are returned.")
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = Field(
@@ -189,11 +226,44 @@ class _SamplingRequest(_Request):
                 f"best_of={self.best_of} is not supported by this server unless it is n: leave it out", param="best_of"
             )
 
+    def structured(self) -> StructuredOutputsParams | None:
+        """What the text must look like, whichever way the request says so.
+
+        Raises:
+            RequestError: it says so in two ways, or what it says makes no sense.
+        """
+        asked: dict[str, dict[str, Any]] = {}
+        wanted = self.response_format
+        if wanted is not None and wanted.type == "json_schema":
+            if wanted.json_schema is None:
+                raise RequestError("response_format.json_schema is missing", param="response_format.json_schema")
+            asked["response_format"] = {"json": wanted.json_schema.schema_}
+        elif wanted is not None and wanted.json_schema is not None:
+            raise RequestError(
+                f"response_format.json_schema is for the type json_schema, not {wanted.type}", param="response_format"
+            )
+        elif wanted is not None and wanted.type == "json_object":
+            asked["response_format"] = {"json_object": True}
+        if self.structured_outputs is not None:
+            fields = {name.rstrip("_"): value for name, value in self.structured_outputs}
+            asked["structured_outputs"] = {name: value for name, value in fields.items() if value is not None}
+        for name in ("json", "regex", "choice", "grammar"):
+            value = getattr(self, f"guided_{name}")
+            if value is not None:
+                asked[f"guided_{name}"] = {name: value}
+        if len(asked) > 1:
+            first, second, *_ = asked
+            raise RequestError(
+                f"{first} and {second} both say what the text must look like: leave one out", param=second
+            )
+        return next((StructuredOutputsParams(**fields, param=name) for name, fields in asked.items()), None)
+
     def _params(self, **further: Any) -> SamplingParams:
         """The sampling parameters that were given; the defaults are those of `SamplingParams`."""
         given = {name: value for name in _PARAMS if (value := getattr(self, name)) is not None}
         if self.logit_bias is not None:
             given["logit_bias"] = {_token_id(key): bias for key, bias in self.logit_bias.items()}
+        further.setdefault("structured_outputs", self.structured())
         return SamplingParams(**given, **further)
 
 
@@ -272,21 +342,170 @@ class TextPart(_Request):
     text: str
 
 
+class CalledFunction(_Request):
+    """What an answer has called: `arguments` is a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(_Request):
+    """A call in an earlier answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    # As streams have it; means nothing here
+    index: int | None = None
+
+
+class Function(_Request):
+    """Something that a model may call."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(default=None, description="A JSON schema; left out: any object.")
+    # A forced call keeps to the schema, strict or not
+    strict: bool | None = None
+
+
+class Tool(_Request):
+    """A tool; there are only functions."""
+
+    type: Literal["function"]
+    function: Function
+
+    def as_dict(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_unset=True, exclude={"strict"})}
+
+
+class ChosenFunction(_Request):
+    """The function that must be called."""
+
+    name: str
+
+
+class NamedToolChoice(_Request):
+    """A function must be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
 class Message(_Request):
     """One message of a conversation."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_MESSAGES
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[_List[TextPart], Field(max_length=MAX_PARTS)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[_List[TextPart], Field(max_length=MAX_PARTS)] | None = None
+    name: str | None = None
+    tool_calls: Annotated[_List[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
 
-    def as_dict(self) -> dict[str, str]:
-        """Role and text, as chat templates take them; `developer` is OpenAI's newer word for `system`."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+    def check_at(self, where: str) -> None:
+        """What no single field can tell; `where` the message stands.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError(f"{where}.tool_calls: only an assistant calls tools", param=f"{where}.tool_calls")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise RequestError(f"{where}.tool_call_id is for the role tool", param=f"{where}.tool_call_id")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise RequestError(f"{where}.tool_call_id is missing", param=f"{where}.tool_call_id")
+        if self.content is None and not self.tool_calls:
+            raise RequestError(f"{where}.content is missing", param=f"{where}.content")
+
+    def as_dict(self, where: str) -> dict[str, Any]:
+        """As chat templates take it; `developer` is OpenAI's newer word for `system`.
+
+        Raises:
+            RequestError: the arguments of a call are not a JSON object.
+        """
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content or ()]
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": "\n".join(parts),
+        }
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": _arguments(call, f"{where}.tool_calls[{position}].function.arguments"),
+                    },
+                }
+                for position, call in enumerate(self.tool_calls)
+            ]
+        return message
 
 
-class ChatRequest(_SamplingRequest):
+def _arguments(call: ToolCall, where: str) -> dict[str, Any]:
+    """The arguments of a call as the object that chat templates want; no arguments may be written as no text."""
+    try:
+        value = from_json(call.function.arguments or "{}", allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(f"{where} is not JSON: {error}", param=where) from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{where} must be a JSON object, as text", param=where)
+    return value
+
+
+class _Templated(_Request):
+    """What a request says about how the model's chat template is to be used."""
+
+    add_generation_prompt: bool | None = Field(default=None, description="Open the prompt for an answer; default true.")
+    continue_final_message: bool | None = Field(default=None, description="The answer continues the last message.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Variables of the model's chat template; it must know them."
+    )
+    tools: Annotated[_List[Tool], Field(max_length=MAX_TOOLS)] | None = None
+
+    @property
+    def offered_tools(self) -> Sequence[Tool]:
+        """The tools that the model may call."""
+        return self.tools or ()
+
+    def check_conversation(self, messages: Sequence[Message]) -> None:
+        """What no single field can tell.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        for position, message in enumerate(messages):
+            message.check_at(f"messages[{position}]")
+        if self.add_generation_prompt and self.continue_final_message:
+            raise RequestError(
+                "add_generation_prompt begins an answer, continue_final_message continues one: leave one out",
+                param="continue_final_message",
+            )
+
+    def rendering(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """The arguments of `TextTokenizer.render_chat`.
+
+        Raises:
+            RequestError: a message is not as templates want it.
+        """
+        continues = bool(self.continue_final_message)
+        return {
+            "messages": [message.as_dict(f"messages[{position}]") for position, message in enumerate(messages)],
+            "tools": [tool.as_dict() for tool in self.offered_tools],
+            "add_generation_prompt": not continues and self.add_generation_prompt is not False,
+            "continue_final_message": continues,
+            "variables": self.chat_template_kwargs,
+        }
+
+
+class ChatRequest(_SamplingRequest, _Templated):
     """Body of `POST /v1/chat/completions`."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = _NEUTRAL_IN_CHAT
@@ -296,9 +515,17 @@ class ChatRequest(_SamplingRequest):
     max_completion_tokens: int | None = Field(default=None, description="OpenAI's newer name of `max_tokens`.")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
+        default=None, description="Default: auto if there are tools."
+    )
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="Whether there may be several calls; default true."
+    )
 
     def check(self) -> None:
         super().check()
+        self.check_conversation(self.messages)
+        self._check_tools()
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: set it to true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -306,31 +533,63 @@ class ChatRequest(_SamplingRequest):
                 "max_tokens and max_completion_tokens mean the same, but differ: leave one out", param="max_tokens"
             )
 
-    def params(self) -> SamplingParams:
-        """Sampling parameters.
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise RequestError("two tools have the same name", param="tools")
+        if self.forced_tools() is None:
+            return
+        if not names:
+            raise RequestError("tool_choice wants a call, but there are no tools", param="tool_choice")
+        if not self.forced_tools():
+            raise RequestError("tool_choice names a function that is not among the tools", param="tool_choice")
+        if self.structured() is not None:
+            raise RequestError(
+                "tool_choice wants a call, but another field says what the text must look like: leave one out",
+                param="tool_choice",
+            )
+
+    @property
+    def offered_tools(self) -> Sequence[Tool]:
+        """The tools that the model may call."""
+        return () if self.tools is None or self.tool_choice == "none" else self.tools
+
+    def forced_tools(self) -> list[Tool] | None:
+        """The tools of which one must be called; `None`: none must be."""
+        if isinstance(self.tool_choice, NamedToolChoice):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools or () if tool.function.name == name]
+        return list(self.tools or ()) if self.tool_choice == "required" else None
+
+    def params(self, grammar: str | None = None) -> SamplingParams:
+        """Sampling parameters; `grammar`, of tool calls, is what the text must look like.
 
         Raises:
             RequestError: a value is out of its range.
         """
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        further: dict[str, Any] = {}
+        if grammar is not None:
+            further["structured_outputs"] = StructuredOutputsParams(grammar=grammar, param="tools")
         return self._params(
             max_tokens=max_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             prompt_logprobs=self.prompt_logprobs,
+            **further,
         )
 
 
 _Source = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(_Templated):
     """Body of `POST /tokenize`, as vLLM has it: a prompt or a conversation."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        name: values
-        for name, values in _NEUTRAL_IN_CHAT.items()
-        if name in ("add_generation_prompt", "chat_template", "chat_template_kwargs", "continue_final_message", "tools")
-    } | {"media_io_kwargs": (None,), "mm_processor_kwargs": (None,)}
+        "chat_template": (None,),
+        "media_io_kwargs": (None,),
+        "mm_processor_kwargs": (None,),
+    }
 
     model: str | None = Field(default=None, description="A name that requests may have; all have the base's tokenizer.")
     prompt: str | None = None
@@ -343,6 +602,7 @@ class TokenizeRequest(_Request):
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("send either a prompt or messages", param="prompt")
+        self.check_conversation(self.messages or ())
 
 
 class DetokenizeRequest(_Request):
@@ -389,6 +649,8 @@ class UnloadLoraRequest(_Request):
     lora_int_id: int | None = Field(default=None, description="Has no effect, as in vLLM: the name says which.")
 
 
+ChatFinishReason = Literal[FinishReason, "tool_calls"]
+
 RequestT = TypeVar("RequestT", bound=_Request)
 
 
@@ -406,6 +668,9 @@ def parse_request(kind: type[RequestT], body: bytes) -> RequestT:
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
     value = _without_neutral(value, kind.neutral, "")
+    outputs = value.get("structured_outputs")
+    if isinstance(outputs, dict):
+        value["structured_outputs"] = _without_neutral(outputs, StructuredOutputs.neutral, "structured_outputs.")
     messages = value.get("messages")
     if "messages" in kind.model_fields and isinstance(messages, list):
         value["messages"] = [
@@ -566,11 +831,28 @@ class ChatLogprobs(_Reply):
     content: list[TokenLogprob]
 
 
+class FunctionDelta(_Reply):
+    """A function's name and its arguments, or what a chunk adds to them."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(_Reply):
+    """A call, or what a chunk adds to it; the number is there in chunks."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatMessage(_Reply):
     """An answer, or what a chunk adds to it."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChoice(_Reply):
@@ -579,7 +861,7 @@ class ChatChoice(_Reply):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: int | str | None
     token_ids: list[int] | None = None
     routing: Routing | None = None
@@ -605,7 +887,7 @@ class ChatChunkChoice(_Reply):
     index: int
     delta: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     stop_reason: int | str | None
     token_ids: list[int] | None = None
     routing: Routing | None = None

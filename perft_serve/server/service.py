@@ -106,6 +106,7 @@ class Generation:
 
     Args:
         prompts: the prompts with their engine requests.
+        kept_ids: special tokens that are in the text, though others are not.
     """
 
     def __init__(
@@ -114,10 +115,15 @@ class Generation:
         prompts: Sequence[tuple[Prompt, Sequence[EngineRequest]]],
         reply: ReplyFormat,
         mode: StreamMode,
+        *,
+        kept_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.requests = [request for _, requests in prompts for request in requests]
         self._index = {request.request_id: index for index, request in enumerate(self.requests)}
-        self._choices = [CompletionStream(tokenizer, request.prompt_ids, request.params) for request in self.requests]
+        self._choices = [
+            CompletionStream(tokenizer, request.prompt_ids, request.params, kept_ids=kept_ids)
+            for request in self.requests
+        ]
         self._num_prompt_tokens = sum(len(prompt.ids) for prompt, _ in prompts)
         # Of each prompt, what none of its completions had to compute, as far as they have said; `None`: none has yet
         self._num_cached_tokens: list[int | None] = [None] * len(prompts)
@@ -168,7 +174,7 @@ class Generation:
                 self._count_cached(self._prompt_of[index], event.num_cached_tokens)
             delta = choice.push(event)
             if delta.finish_reason == "error":
-                raise _failure(event)
+                raise _failure(event, self.requests[index])
             if choice.stopped:
                 stream.finish(event.request_id)
             yield index, delta
@@ -189,14 +195,15 @@ class Generation:
         )
 
 
-def _failure(event: TokenEvent) -> Exception:
+def _failure(event: TokenEvent, request: EngineRequest) -> Exception:
     """Why the engine gave a request up."""
     if event.error_kind == "adapter":
         return AdapterError(event.error)
     if event.error_kind == "deleted":
         return RequestError(str(event.error), param="model")
     if event.error_kind == "request":
-        return RequestError(str(event.error))
+        outputs = request.params.structured_outputs
+        return RequestError(str(event.error), param=None if outputs is None else outputs.param)
     return ApiError(500, f"generation has failed: {event.error}")
 
 
@@ -211,6 +218,7 @@ class Service:
         self.models = models
         self.inputs = InputProcessor(tokenizer, client.limits)
         self._config = config
+        self.tool_call_parser = config.tool_call_parser
 
     async def read_json(self, request: Request) -> bytes:
         """The body of a request that must be JSON, not yet parsed.

@@ -73,7 +73,7 @@ class TokenizationEndpoints:
     def _ids(self, body: TokenizeRequest, tokenizer: TextTokenizer) -> list[int]:
         text, special = body.prompt, body.add_special_tokens is not False
         if body.messages is not None:
-            text = tokenizer.render_chat([message.as_dict() for message in body.messages])
+            text = tokenizer.render_chat(**body.rendering(body.messages))
             special = bool(body.add_special_tokens)
         assert text is not None
         self._service.client.limits.check_characters(len(text), tokenizer.max_token_characters)
