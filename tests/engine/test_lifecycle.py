@@ -61,6 +61,7 @@ class ArithmeticRunner:
         self.max_position_embeddings = None
         self.eos_token_ids = frozenset({0})
         self.base_digest = "arithmetic"
+        self.computed_at = 0.0
         self._states: dict[tuple[int, int], bytes] = {}  # by page and place in it
 
     def run(self, plan: Plan) -> list[ChunkResult]:
