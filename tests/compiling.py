@@ -79,6 +79,33 @@ def experts(dtype: torch.dtype, num_tokens: int) -> None:
     stored_experts(h, ids, weights, gate_up, down.mT.contiguous(), bias, bias, True, True, 1.7, 7.0)
 
 
+def router(dtype: torch.dtype) -> None:
+    from perft_kernels.gpu.adapter_router import adapter_router
+
+    h_TD, ints_T = torch.zeros(4, 2048, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+    adapter_router(
+        *(h_TD, torch.zeros(4, 8, dtype=torch.int64), torch.zeros(4, 8, dtype=dtype), ints_T, h_TD),
+        *(torch.zeros(4, 6, dtype=torch.int64), ints_T, 8),
+    )
+
+
+def units(dtype: torch.dtype, pool_dtype: torch.dtype, num_tokens: int, *, masked: bool = False) -> None:
+    """Forward; where tokens are so many that pairs are sorted, backward too."""
+    from perft_kernels.gpu.routed_units import MAX_DECODE_TOKENS, routed_units, routed_units_backward
+
+    h_TD = torch.zeros(num_tokens, 2048, dtype=dtype)
+    pool_SD = torch.zeros(128, 2048, dtype=pool_dtype)
+    rows_E = torch.arange(8) * 16
+    arguments = (
+        *(h_TD, torch.zeros(num_tokens, 2, dtype=torch.int64), torch.zeros(num_tokens, 2), pool_SD, pool_SD),
+        *(rows_E, rows_E, torch.full((8,), 16), torch.ones(8), torch.ones(8, dtype=torch.bool)),
+        torch.ones(num_tokens, 2, 16) if masked else None,
+    )
+    routed_units(h_TD, *arguments)
+    if num_tokens > MAX_DECODE_TOKENS:
+        routed_units_backward(h_TD, *arguments)
+
+
 CALLS: dict[str, dict[str, Callable[[], Any]]] = {
     "paged_attention": {
         "bfloat16 128": lambda: attention(torch.bfloat16, 128),
@@ -88,6 +115,12 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
     "moe_experts": {
         "bfloat16 64": lambda: experts(torch.bfloat16, 64),
         "bfloat16 512": lambda: experts(torch.bfloat16, 512),
+    },
+    "adapter_router": {"bfloat16": lambda: router(torch.bfloat16)},
+    "routed_units": {
+        "bfloat16 64": lambda: units(torch.bfloat16, torch.bfloat16, 64),
+        "bfloat16 300": lambda: units(torch.bfloat16, torch.bfloat16, 300),
+        "training": lambda: units(torch.bfloat16, torch.float32, 300, masked=True),
     },
 }
 

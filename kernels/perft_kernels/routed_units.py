@@ -25,7 +25,7 @@ Contract
 
     Ranks are ragged: cost follows the active pairs and their own ranks, never the largest. Arithmetic inside the bottleneck
     and over the sum is float32. A pair reads only its own rows, so NaN in one adapter stays with that adapter's tokens.
-    Gradients: y, h, weights, down, up.
+    Gradients: y, h, weights, down, up; for those of down and up, rows belong to one adapter expert each.
 """
 
 from __future__ import annotations
