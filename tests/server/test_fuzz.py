@@ -79,8 +79,11 @@ def bodies(kind: type[Any]) -> st.SearchStrategy[dict[str, Any]]:
     needed = {name for name, each in fields.items() if each.is_required()} | ({"max_tokens"} & set(fields))
     others = [(name, field(name)) for name in fields if name not in needed]
     some = st.lists(st.sampled_from(others), max_size=3, unique_by=lambda item: item[0]) if others else st.just([])
-    return some.flatmap(
-        lambda chosen: st.fixed_dictionaries({**{name: field(name) for name in sorted(needed)}, **dict(chosen)})
+    return st.one_of(
+        st.fixed_dictionaries({name: GOOD.get(name, VALUES) for name in sorted(needed)}),
+        some.flatmap(
+            lambda chosen: st.fixed_dictionaries({**{name: field(name) for name in sorted(needed)}, **dict(chosen)})
+        ),
     )
 
 

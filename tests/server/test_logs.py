@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -92,6 +93,15 @@ def access(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [json.loads(JsonFormatter().format(entry)) for entry in entries]
 
 
+def wait_for_access(caplog: pytest.LogCaptureFixture, count: int) -> list[dict[str, Any]]:
+    """The access log once it has so many lines: they are written when the client has its reply already."""
+    end = time.monotonic() + 10
+    while len(access(caplog)) < count:
+        assert time.monotonic() < end, access(caplog)
+        time.sleep(0.01)
+    return access(caplog)
+
+
 def test_the_access_log(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     body = {"model": "dense", "prompt": SECRET, "max_tokens": 3, "n": 2, "ignore_eos": True}
@@ -99,8 +109,7 @@ def test_the_access_log(server: RunningServer, caplog: pytest.LogCaptureFixture)
     request_id = reply.headers["x-request-id"]
     server.http.get("/health")
     server.http.get("/v1/models/a%0Ab")
-    server.wait_until_idle()
-    completion, unknown = access(caplog)
+    completion, unknown = wait_for_access(caplog, 2)
     assert completion.pop("seconds") >= completion.pop("first_token_seconds") > 0
     completion.pop("time")
     assert completion == {
@@ -130,8 +139,7 @@ def test_a_stream_is_logged_when_it_has_ended(server: RunningServer, caplog: pyt
     with server.http.stream("POST", "/v1/completions", json=body) as reply:
         assert not access(caplog)
         reply.read()
-    server.wait_until_idle()
-    (entry,) = access(caplog)
+    (entry,) = wait_for_access(caplog, 1)
     assert (entry["completion_tokens"], entry["finish_reasons"], entry["status"]) == (4, "length", 200)
     assert "adapter" not in entry
 
