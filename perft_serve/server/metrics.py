@@ -329,7 +329,7 @@ class Metrics:
 
     def _give_label(self, name: str) -> _Series:
         if name not in self._labelled:
-            self._labelled[name] = self._parked.pop(name, None) or _Series()
+            self._labelled[name] = self._parked.pop(name) if name in self._parked else _Series()
         return self._labelled[name]
 
     def _take_label(self, name: str) -> None:
