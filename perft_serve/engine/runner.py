@@ -121,15 +121,19 @@ class Runner:
         # what is computed on the way of a recorded step, nobody sees
         programs = None if batch.routed_rows else self._programs
         logits_NV = None if programs is None else programs.run(batch)
+        routes = None
         if logits_NV is None:
             # a chunk in the middle of a prompt needs no logits, but the model computes at least one row
-            self._seam.routes = self.balances.begin(batch)
-            logits_NV = self._forward(batch.to(self.device), torch.tensor(batch.logit_rows or (0,), device=self.device))
+            rows = torch.tensor(batch.logit_rows or (0,), device=self.device)
+            routes = self._seam.routes = self.balances.begin(batch)
+            try:
+                logits_NV = self._forward(batch.to(self.device), rows)
+            finally:
+                self._seam.routes = None
         self.computed_at = time.monotonic()
         results = self._results(plan, logits_NV, masks)
-        if self._seam.routes is not None:  # only now, when the step's tokens are there and nobody waits for the device
-            self.balances.note(plan, self._seam.routes)
-            self._seam.routes = None
+        if routes is not None:  # only now, when the step's tokens are there and nobody waits for the device
+            self.balances.note(plan, routes)
         return self._with_routing(plan, results) if batch.routed_rows else results
 
     def _graphs(self, capture: Capture, **sizes: int) -> DecodeGraphs:
