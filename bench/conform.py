@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fuzzing.add_argument("--examples", type=int, default=100, help="random cases of each operation, at most, in a run")
     fuzzing.add_argument("--seed", type=int, default=0)
     fuzzing.add_argument("--workers", type=int, default=2)
-    commands.add_parser("lm-eval", help="lm-eval's local-completions against its hf backend")
+    scoring = commands.add_parser("lm-eval", help="lm-eval's local-completions against its hf backend")
+    scoring.add_argument("--limit", type=int, default=16, help="questions of each task, at most (default: all 16)")
     commands.add_parser("clients", help="litellm, langchain-openai, llm, npm's openai")
     options = parser.parse_args(arguments)
     if options.command == "setup":
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.command == "fuzz":
         fuzz.run(cases=options.cases, seed=options.seed, examples=options.examples, workers=options.workers)
     elif options.command == "lm-eval":
-        likelihoods.run(adapter=ADAPTER)
+        likelihoods.run(adapter=ADAPTER, limit=options.limit)
     else:
         clients.run(adapter=ADAPTER)
 

@@ -52,7 +52,7 @@ def run(*, adapter: Path) -> None:
     }
     result = {
         "bench": "clients",
-        **surroundings(0.0),
+        **surroundings(os.getloadavg()[0]),
         "tools": {**python.versions(), **node.versions()},
         "settings": {"adapter": ADAPTER, "question": QUESTION, "max_tokens": NUM_TOKENS},
         "expected": expected,

@@ -91,7 +91,7 @@ ENVIRONMENTS = {
     each.name: each
     for each in (
         Environment(name="schemathesis", packages=("schemathesis==4.32.5",)),
-        Environment(name="clients", packages=("litellm==1.106.0", "langchain-openai==1.7.3", "llm==0.36")),
+        Environment(name="clients", packages=("litellm==1.110.2", "langchain-openai==1.7.4", "llm==0.36")),
         Environment(name="node", packages=("openai@6.49.0",), node=True),
         Environment(
             name="lm-eval", packages=("lm-eval[api,hf]==0.4.13",), needs_torch=True, further=("peft", "accelerate")

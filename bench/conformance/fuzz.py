@@ -12,6 +12,7 @@ names there are. It leaves out the longest lists that are allowed, which take a 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -89,7 +90,7 @@ def run(*, cases: int, seed: int, examples: int, workers: int) -> None:
             log = (folder / "log").read_text(errors="replace")
     result = {
         "bench": "fuzz",
-        **surroundings(0.0),
+        **surroundings(os.getloadavg()[0]),
         "tools": environment.versions(),
         "settings": {"seeds": seeds, "examples": examples, "checks": CHECKS},
         "seconds": round(time.monotonic() - start, 1),

@@ -27,8 +27,11 @@ TOLERANCE = 1e-4
 COMMAND = "import sys, perft; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
 
 
-def run(*, adapter: Path) -> None:
+def run(*, adapter: Path, limit: int) -> None:
     """Compares.
+
+    Args:
+        limit: so many questions of each task, at most.
 
     Raises:
         SystemExit: they differ.
@@ -41,19 +44,21 @@ def run(*, adapter: Path) -> None:
         folder = Path(temporary)
         own = f"pretrained={DEMO_BASE},dtype=float32"
         theirs = {
-            "base": _lm_eval(folder / "hf-base", "hf", own),
-            ADAPTER: _lm_eval(folder / "hf-adapter", "hf", f"{own},peft={adapter}"),
+            "base": _lm_eval(folder / "hf-base", "hf", own, limit),
+            ADAPTER: _lm_eval(folder / "hf-adapter", "hf", f"{own},peft={adapter}", limit),
         }
         with running_server(str(DEMO_BASE), folder / "log", adapters={ADAPTER: adapter}, dtype="float32") as server:
             for model, expected in theirs.items():
                 served = f"model={model},base_url={server.url}/v1/completions,tokenizer={DEMO_BASE},num_concurrent=4"
-                found[model] = _compare(_lm_eval(folder / f"served-{model}", "local-completions", served), expected)
+                found[model] = _compare(
+                    _lm_eval(folder / f"served-{model}", "local-completions", served, limit), expected
+                )
     effect = _compare(theirs["base"], theirs[ADAPTER])
     result = {
         "bench": "lm-eval",
-        **surroundings(0.0),
+        **surroundings(os.getloadavg()[0]),
         "tools": environment.versions(),
-        "settings": {"adapter": ADAPTER, "tasks": TASKS, "dtype": "float32", "tolerance": TOLERANCE},
+        "settings": {"adapter": ADAPTER, "tasks": TASKS, "limit": limit, "dtype": "float32", "tolerance": TOLERANCE},
         **found,
         "effect_of_adapter": effect,
     }
@@ -63,7 +68,7 @@ def run(*, adapter: Path) -> None:
         raise SystemExit(f"conformance: lm-eval differs on {wrong}, or the adapter makes no difference")
 
 
-def _lm_eval(output: Path, model: str, arguments: str) -> dict[str, list[Any]]:
+def _lm_eval(output: Path, model: str, arguments: str, limit: int) -> dict[str, list[Any]]:
     """What lm-eval was answered, by task, in the order of its documents."""
     environ = {
         **os.environ,
@@ -75,7 +80,7 @@ def _lm_eval(output: Path, model: str, arguments: str) -> dict[str, list[Any]]:
     command: Sequence[str] = (
         *(str(ENVIRONMENTS["lm-eval"].bin / "python"), "-c", COMMAND, "--model", model, "--model_args", arguments),
         *("--tasks", ",".join(TASKS), "--include_path", str(Path(__file__).with_name("tasks"))),
-        *("--batch_size", "1", "--log_samples", "--output_path", str(output), "--device", "cpu"),
+        *("--batch_size", "1", "--log_samples", "--output_path", str(output), "--device", "cpu", "--limit", str(limit)),
     )
     done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
