@@ -36,7 +36,7 @@ class Case:
         return tuple(vars(self).values())
 
     def on(self, device: torch.device) -> Case:
-        return Case(**{name: None if value is None else value.to(device) for name, value in vars(self).items()})
+        return replace(self, **{name: t.to(device) for name, t in vars(self).items() if t is not None})
 
     def take(self, tokens: slice) -> Case:
         """Some of the tokens."""

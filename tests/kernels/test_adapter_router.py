@@ -111,7 +111,7 @@ def test_a_layer_that_is_not_adapted_emits_nothing(device: torch.device) -> None
     ],
 )
 def test_many_experts(num_experts: int, top_k: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Against `route`, one adapter by itself, own weights divided by their sum."""
+    """Against `route`, one adapter by itself."""
     g = torch.Generator().manual_seed(2)
     h_TD = torch.randn(9, hidden, generator=g).to(dtype)
     gate_MD = (torch.randn(num_experts, hidden, generator=g) / hidden**0.5).to(dtype)
@@ -119,10 +119,11 @@ def test_many_experts(num_experts: int, top_k: int, hidden: int, dtype: torch.dt
     pool_SD[3 : 3 + num_experts] = gate_MD
     base_TK = torch.zeros(9, 2)
     inputs = (h_TD, base_TK.long(), base_TK, torch.zeros(9, dtype=torch.int64), pool_SD, torch.tensor([3]))
-    ids_TX, weights_TX = run(inputs, device, [[KIND_ROUTED, num_experts, top_k, 1, 0, 7]], top_k)
-    want_ids_TX, want_weights_TX = route(h_TD.float() @ gate_MD.float().T, top_k, norm=True)
-    assert (ids_TX == want_ids_TX + 7).all()
-    torch.testing.assert_close(weights_TX, want_weights_TX)
+    for norm in (False, True):
+        ids_TX, weights_TX = run(inputs, device, [[KIND_ROUTED, num_experts, top_k, int(norm), 0, 7]], top_k)
+        want_ids_TX, want_weights_TX = route(h_TD.float() @ gate_MD.float().T, top_k, norm=norm)
+        assert (ids_TX == want_ids_TX + 7).all()
+        torch.testing.assert_close(weights_TX, want_weights_TX)
 
 
 def test_equal_logits_have_a_fixed_order(backend: str, device: torch.device) -> None:
