@@ -68,7 +68,7 @@ class Environment:
             subprocess.run(["npm", "install", "--silent", *self.packages], cwd=self.folder, check=True)
         else:
             subprocess.run([sys.executable, "-m", "venv", self.folder], check=True)
-            pip = [self.bin / "python", "-m", "pip", "install", "--quiet"]
+            pip = [str(self.bin / "python"), "-m", "pip", "install", "--quiet"]
             if self.needs_torch:
                 subprocess.run([*pip, TORCH], check=True)
             subprocess.run([*pip, *self.packages, *self.further], check=True)

@@ -59,7 +59,7 @@ def talk(server: RunningServer, *parts: bytes, pause: float = 0.0) -> httpx.Resp
 def test_what_the_application_never_sees_has_the_envelope(
     server: RunningServer, data: bytes, status: int, words: str
 ) -> None:
-    counted = f'perft_http_requests_total{{handler="<unknown>",status="{status}"}} '
+    counted = f'perft_http_requests_total{{handler="<unknown>",method="<unknown>",status="{status}"}} '
 
     def count() -> float:
         match = re.search(re.escape(counted) + r"(\S+)", server.http.get("/metrics").text)

@@ -55,7 +55,7 @@ class TestTokens:
             ("/tokenize", {"prompt": ["x"]}, 400, "prompt"),
             ("/tokenize", {"prompt": "x", "model": "nobody"}, 404, "model"),
             ("/tokenize", {"prompt": "x", "colour": "red"}, 400, "colour"),
-            ("/tokenize", {"messages": MESSAGES, "chat_template": "{{ x }}"}, 400, "chat_template"),
+            ("/tokenize", {"messages": MESSAGES, "chat_template": "{{ 1 }}"}, 400, "chat_template"),
             ("/tokenize", {"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
             ("/detokenize", {"tokens": [1, -1]}, 400, "tokens"),
             ("/detokenize", {"tokens": [10**9]}, 400, "tokens"),
