@@ -1,4 +1,4 @@
-"""The command `perft`: build the demo base, import official checkpoints, look at adapters, train them.
+"""The command `perft`: build the demo base, import official checkpoints, look at adapters, train them, push them.
 
 In: arguments. Out: what the command makes, and an exit status: 0, or 2 with one line that says what is wrong and what to do.
 Each command imports what it needs when it runs: a missing extra stops only the command that wants it.
@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_inspect(commands)
+    _add_push(commands)
     _add_import(commands)
     _add_demo_base(commands)
     return parser
@@ -126,6 +127,28 @@ def _run_inspect(args: argparse.Namespace) -> None:
         print(json.dumps(report.to_dict()))
     else:
         Console().print(render(report))
+
+
+def _add_push(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "push",
+        "bring an adapter to the Hugging Face Hub",
+        "Uploads an adapter, its model card and its training record in one commit, after checking all of it. The record names "
+        "the recipe's files as the recipe did.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("repo", metavar="REPO_ID", help="repository (org/name); made if it is not there")
+    parser.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    parser.add_argument("--revision", help="branch to push to, made if it is not there (default: the repository's own)")
+    parser.add_argument("--message", help="the commit's message")
+    parser.set_defaults(run=_run_push)
+
+
+def _run_push(args: argparse.Namespace) -> None:
+    from perft.hub import push_adapter
+
+    print(push_adapter(args.adapter, args.repo, public=args.public, revision=args.revision, message=args.message))
 
 
 def _add_train(commands: Any) -> None:

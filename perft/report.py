@@ -6,7 +6,7 @@ plain data.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from perft.base import count_activated, load_skeleton
 from perft.config import PerftConfig
 from perft.errors import AdapterError
 from perft.moe import MoeBlock, find_moe_blocks
+from perft.provenance import read_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +40,7 @@ class AdapterReport:
         base_activated: the base's parameters that take part in one token; `None` without the base.
         num_bytes: weight of its tensors on disk.
         digest: sha256 (hex) of what it computes.
+        training: what its `perft_training.json` holds; `None` if it has none.
     """
 
     variant: str
@@ -56,6 +58,7 @@ class AdapterReport:
     base_activated: int | None
     num_bytes: int
     digest: str
+    training: dict[str, Any] | None = None
 
     @property
     def efficiency(self) -> float | None:
@@ -81,11 +84,13 @@ def describe_adapter(path: str | Path, *, base: str | Path | None = None) -> Ada
         BaseModelError: the base cannot be had or has no MoE blocks.
     """
     if base is None:
-        return _report(read_adapter(path), base_top_k=None, base_activated=None)
-    model = load_skeleton(base)
-    blocks = find_moe_blocks(model)
-    adapter = read_adapter(path, blocks)
-    return _report(adapter, base_top_k=_common_top_k(blocks), base_activated=count_activated(model, blocks))
+        report = _report(read_adapter(path), base_top_k=None, base_activated=None)
+    else:
+        model = load_skeleton(base)
+        blocks = find_moe_blocks(model)
+        adapter = read_adapter(path, blocks)
+        report = _report(adapter, base_top_k=_common_top_k(blocks), base_activated=count_activated(model, blocks))
+    return replace(report, training=read_record(Path(path)))
 
 
 def activated_per_layer(
@@ -137,9 +142,28 @@ def render(report: AdapterReport) -> Table:
         rows["activated-parameter efficiency"] = "give --base to know it"
     rows["size"] = f"{report.num_bytes:,} bytes ({', '.join(report.dtypes)})"
     rows["digest"] = report.digest
+    rows.update(_training_rows(report.training))
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _training_rows(record: dict[str, Any] | None) -> dict[str, str]:
+    """What the table says of where the adapter comes from."""
+    if record is None:
+        return {"training": "no record of it (no perft_training.json)"}
+    base, outcome = record.get("base", {}), record.get("outcome")
+    rows = {
+        "trained on": f"{record['recipe'].get('model')} (digest {base.get('digest') or 'not known'})",
+        "data": "; ".join(f"{name} (sha256 {digest[:12]})" for name, digest in record.get("data_sha256", {}).items()),
+    }
+    if outcome is None:
+        rows["outcome"] = "training has not ended"
+    else:
+        measured = [f"{name} {value:.4g}" for name, value in outcome.get("metrics", {}).items()]
+        rows["outcome"] = ", ".join([f"{outcome.get('steps')} steps", *measured])
+    rows["versions"] = ", ".join(f"{name} {number}" for name, number in record.get("versions", {}).items())
+    return rows
 
 
 def _report(adapter: Adapter, *, base_top_k: int | None, base_activated: int | None) -> AdapterReport:

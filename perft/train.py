@@ -5,7 +5,8 @@ In: a `TrainConfig` and a `PerftConfig` (see `perft.recipe`). Out, in `TrainConf
     adapter_config.json, adapter_model.safetensors   the adapter
     training_log.jsonl                               one line per log entry: loss, router_aux_loss, eval_loss, ...
     loss.png                                         the losses over the steps
-    training_run.json                                the recipe, digests of the data, versions, the outcome
+    perft_training.json                              the recipe, digests of data and base, versions, the outcome
+    README.md                                        a model card of it
     checkpoints/                                     what `resume` continues from
 
 `loss` in the log is what is minimised: language-model loss plus the weighted load-balancing loss of the adapter's router.
@@ -16,11 +17,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import importlib.util
 import json
 import math
-import platform
 import shutil
 import time
 from collections.abc import Sequence
@@ -38,7 +37,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers import __version__ as transformers_version
 from transformers.trainer_utils import get_last_checkpoint
 
 from perft.adapter import Adapter, LayerTensors, read_adapter, write_adapter
@@ -48,12 +46,21 @@ from perft.data import PaddingCollator, TokenizedData, tokenize_files
 from perft.errors import BaseModelError, PerftError
 from perft.layer import PerftLayer
 from perft.model import PerftModel
+from perft.provenance import (
+    CARD_FILE,
+    TRAINING_FILE,
+    describe_base,
+    file_sha256,
+    metrics_of,
+    model_card,
+    package_versions,
+    write_record,
+)
 from perft.recipe import DEFAULT_EPOCHS, TrainConfig, recipe_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-RUN_FILE = "training_run.json"
 LOG_FILE = "training_log.jsonl"
 PLOT_FILE = "loss.png"
 CHECKPOINTS = "checkpoints"
@@ -97,12 +104,16 @@ def train(
     _check_output(output, run, resume=resume, overwrite=overwrite)
     tokenizer = _load_tokenizer(config.model)
     train_data, eval_data = _load_data(config, tokenizer)
+    base = load_base(config.model, config.dtype)
+    run["base"] = describe_base(config.model)
+    if resume:
+        _check_same_base(output, run["base"])
     set_seed(config.seed)
     # a copy: attaching settles in place what depends on the base
-    model = get_peft_model(load_base(config.model, config.dtype), copy.deepcopy(adapter))
+    model = get_peft_model(base, copy.deepcopy(adapter))
     checkpoint = get_last_checkpoint(str(output / CHECKPOINTS)) if resume else None
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(output / RUN_FILE, run)
+    write_record(output, run)
     log = LogCallback(output)
     trainer = PerftTrainer(
         model=model,
@@ -114,18 +125,16 @@ def train(
     )
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - start
-    _write_finished(model, output, config)
-    finished = read_adapter(output)
-    run["outcome"] = {
+    outcome = {
         "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
+        "seconds": round(time.perf_counter() - start, 1),
         "resumed": checkpoint is not None,
         "train_examples": len(train_data),
         "eval_examples": 0 if eval_data is None else len(eval_data),
-        "digest": finished.digest,
     }
-    _write_json(output / RUN_FILE, run)
+    finished = write_finished(
+        model, model.active_adapter, config, {**run, "outcome": outcome}, trainer.state.log_history
+    )
     log.write(trainer.state.log_history)
     return finished
 
@@ -211,14 +220,13 @@ def plot_losses(history: Sequence[dict[str, float]], path: str | Path) -> None:
 
 
 def _describe_run(config: TrainConfig, adapter: PerftConfig) -> dict[str, Any]:
-    """What the outcome depends on, as it goes into `training_run.json`."""
+    """What the outcome depends on, as it goes into `perft_training.json`."""
     files = {}
     for name in (*config.data, *config.eval_data):
         if not Path(name).is_file():
             raise PerftError(f"data file not found: {name}")
-        files[name] = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers_version}
-    return {"recipe": recipe_values(config, adapter), "data_sha256": files, "versions": versions}
+        files[name] = file_sha256(Path(name))
+    return {"recipe": recipe_values(config, adapter), "data_sha256": files, "versions": package_versions()}
 
 
 def _check_output(output: Path, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -227,7 +235,7 @@ def _check_output(output: Path, run: dict[str, Any], *, resume: bool, overwrite:
         raise PerftError("--resume and --overwrite contradict each other; give one")
     if output.exists() and not output.is_dir():
         raise PerftError(f"output {output} is a file; choose a folder")
-    run_file = output / RUN_FILE
+    run_file = output / TRAINING_FILE
     if resume:
         if not run_file.is_file() or get_last_checkpoint(str(output / CHECKPOINTS)) is None:
             raise PerftError(f"nothing to resume: {output} holds no checkpoint of an earlier run")
@@ -237,7 +245,7 @@ def _check_output(output: Path, run: dict[str, Any], *, resume: bool, overwrite:
             raise PerftError(f"output {output} is not empty; give --resume to continue, or --overwrite to start anew")
         if not run_file.is_file():
             raise PerftError(
-                f"output {output} holds no earlier run (no {RUN_FILE}), so it is not deleted; choose another folder"
+                f"output {output} holds no earlier run (no {TRAINING_FILE}), so it is not deleted; choose another folder"
             )
         shutil.rmtree(output)
 
@@ -253,6 +261,12 @@ def _check_same_run(before: dict[str, Any], now: dict[str, Any], output: Path) -
         raise PerftError(f"cannot resume {output} with another recipe: {'; '.join(changed)}")
     if list(before.get("data_sha256", {}).values()) != list(now["data_sha256"].values()):
         raise PerftError(f"cannot resume {output}: the data files have changed since")
+
+
+def _check_same_base(output: Path, base: dict[str, Any]) -> None:
+    before = json.loads((output / TRAINING_FILE).read_text(encoding="utf-8")).get("base", {})
+    if before.get("digest") != base["digest"]:
+        raise PerftError(f"cannot resume {output}: the base model's files are not those it was begun with")
 
 
 def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -331,11 +345,13 @@ def _strategy(steps: int | None) -> str:
     return "epoch" if steps is None else "steps"
 
 
-def _write_finished(model: PeftModel, output: Path, config: TrainConfig) -> None:
-    dtype = getattr(torch, config.save_dtype)
+def write_finished(
+    model: PeftModel, name: str, config: TrainConfig, record: dict[str, Any], history: list[dict[str, float]]
+) -> Adapter:
+    """Writes adapter `name` of `model` with its record and card into the output folder, and returns it as read back."""
+    output, dtype = Path(config.output), getattr(torch, config.save_dtype)
     layers: dict[int, LayerTensors] = {}
-    names: dict[int, str] = {}
-    name = model.active_adapter
+    block_names: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, PerftLayer) and name in module.perft_down:
             gate = module.perft_gate.get(name)
@@ -344,15 +360,17 @@ def _write_finished(model: PeftModel, output: Path, config: TrainConfig) -> None
                 up_MRD=_stored(module.perft_up[name], dtype),
                 gate_MD=None if gate is None else _stored(gate, dtype),
             )
-            names[module.block.layer] = module.block.name
-    finished = copy.copy(model.peft_config[name])
-    finished.inference_mode = True
-    write_adapter(output, finished, layers, names)
+            block_names[module.block.layer] = module.block.name
+    finished_config = copy.copy(model.peft_config[name])
+    finished_config.inference_mode = True
+    write_adapter(output, finished_config, layers, block_names)
+    finished = read_adapter(output)
+    outcome = {**record["outcome"], "digest": finished.digest, "metrics": metrics_of(history)}
+    record = {**record, "outcome": outcome}
+    write_record(output, record)
+    (output / CARD_FILE).write_text(model_card(finished, record), encoding="utf-8")
+    return finished
 
 
 def _stored(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.detach().to("cpu", dtype)
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ def test_each_adapter_is_small_and_whole() -> None:
     assert {adapter.config.unit for adapter in adapters.values()} == {"lora", "parallel"}
     for task, adapter in adapters.items():
         assert adapter.num_bytes <= 3_000_000
-        run = json.loads((ADAPTERS / task / "training_run.json").read_text())
+        run = json.loads((ADAPTERS / task / "perft_training.json").read_text())
         assert run["outcome"]["digest"] == adapter.digest, "the log beside an adapter is the log of that adapter"
         assert (ADAPTERS / task / "training_log.jsonl").is_file()
 

@@ -79,7 +79,7 @@ def test_train_by_recipe_with_a_flag_that_overrides(tiny_base: Path, data_file: 
         f"model: {tiny_base}\ndata: {data_file}\noutput: {tmp_path / 'out'}\nvariant: S\nr: 2\nmax_steps: 3\n"
     )
     assert main(["train", "--config", str(recipe), "--r", "3", "--max-steps", "1"]) == 0
-    run = json.loads((tmp_path / "out" / "training_run.json").read_text())
+    run = json.loads((tmp_path / "out" / "perft_training.json").read_text())
     assert (run["recipe"]["variant"], run["recipe"]["r"], run["outcome"]["steps"]) == ("S", 3, 1)
 
 

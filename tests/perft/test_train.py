@@ -89,7 +89,7 @@ def test_it_learns_and_writes_everything(adapter: PerftConfig, recipe: Callable[
     output = Path(config.output)
     assert read_adapter(output).digest == finished.digest
     assert (output / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    run = json.loads((output / "training_run.json").read_text())
+    run = json.loads((output / "perft_training.json").read_text())
     assert run["recipe"]["variant"] == adapter.variant
     assert run["outcome"]["digest"] == finished.digest
     assert adapter.base_model_name_or_path is None, "the caller's configuration is left as it was"
@@ -162,7 +162,7 @@ def test_resume_continues_exactly(adapter: dict[str, Any], recipe: Callable[...,
     assert resumed.digest == whole.digest
     steps = [entry["step"] for entry in log_of(cut.output) if "loss" in entry]
     assert steps == [1, 2, 3, 4, 5, 6]
-    assert json.loads((tmp_path / "cut" / "training_run.json").read_text())["outcome"]["resumed"] is True
+    assert json.loads((tmp_path / "cut" / "perft_training.json").read_text())["outcome"]["resumed"] is True
 
 
 def test_resume_with_another_recipe_or_other_data_is_refused(
@@ -205,7 +205,7 @@ def test_evaluation_is_the_language_models_loss(recipe: Callable[..., TrainConfi
     assert all(entry["eval_loss"] < 50 for entry in entries), "without the router's loss, which is about 200 here"
     first = next(entry for entry in log_of(with_router.output) if "loss" in entry)
     assert first["loss"] > 100 * first["router_aux_loss"]
-    run = json.loads((tmp_path / "out" / "training_run.json").read_text())
+    run = json.loads((tmp_path / "out" / "perft_training.json").read_text())
     assert (run["outcome"]["train_examples"], run["outcome"]["eval_examples"]) == (6, 2)
 
 
