@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, errors
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from perft.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from perft.errors import PerftError
@@ -37,10 +36,6 @@ def push_adapter(
     """
     path = Path(folder)
     adapter = read_adapter(path)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise PerftError(f"{repo_id!r} cannot be the name of a repository on the Hub (org/name): {error}") from error
     files = [CONFIG_FILE, WEIGHTS_FILE, *(name for name in _BESIDE if (path / name).is_file())]
     api = HfApi()
     try:
@@ -53,6 +48,8 @@ def push_adapter(
             commit_message=message or f"PERFT-{adapter.config.variant} adapter {adapter.digest[:12]}",
             revision=revision,
         )
+    except errors.HFValidationError as error:  # raised before anything is sent
+        raise PerftError(f"{repo_id!r} cannot be the name of a repository on the Hub (org/name): {error}") from error
     except (errors.OfflineModeIsEnabled, errors.LocalTokenNotFoundError) as error:
         raise PerftError(_unreachable(error)) from error
     except errors.HfHubHTTPError as error:

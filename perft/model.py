@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from perft.config import PERFT, PerftConfig
 from perft.errors import PerftError
 from perft.layer import MERGE_REFUSED, PerftLayer, RouterTrace
-from perft.losses import router_load_balancing_loss
+from perft.losses import RouterHealth, router_load_balancing_loss
 from perft.moe import MoeBlock, find_moe_blocks
 
 
@@ -56,6 +56,10 @@ class PerftModel(BaseTuner):
     Attributes:
         router_aux_loss: load-balancing loss of each adapter's router in the last training step's forward pass, before its
             coefficient (detached scalars; empty when there was none). The weighted sum is part of `output.loss`.
+        router_health: what each adapter's router did in training steps.
+
+    The model takes one argument more than the base: `token_mask` [B, T], false where a token is padding, for batches without
+    an `attention_mask` (packed ones). It counts for the routers' loss and health only.
     """
 
     prefix: str = "perft_"
@@ -66,11 +70,14 @@ class PerftModel(BaseTuner):
         self._blocks: dict[str, MoeBlock] = {}
         self._trace = RouterTrace()
         self.router_aux_loss: dict[str, Tensor] = {}
+        self.router_health: dict[str, RouterHealth] = {}
+        self._token_mask: Tensor | None = None
+        self._hooks: list[Any] = []
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # set before BaseTuner's constructor, which needs them, has made this an nn.Module
-        if name in ("_blocks", "_trace", "router_aux_loss"):
+        if name in ("_blocks", "_trace", "router_aux_loss", "router_health", "_token_mask", "_hooks"):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
@@ -119,6 +126,8 @@ class PerftModel(BaseTuner):
 
     def _post_injection_hook(self, model: nn.Module, config: PerftConfig, adapter_name: str) -> None:
         # hooks rather than `forward`: a PeftModel without a task type calls the base model past the tuner
+        if self._hooks:
+            return
         self._hooks = [
             model.register_forward_pre_hook(self._open_trace, with_kwargs=True),
             model.register_forward_hook(self._close_trace, with_kwargs=True, always_call=True),
@@ -128,19 +137,27 @@ class PerftModel(BaseTuner):
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
         return model
 
-    def _open_trace(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _open_trace(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._token_mask = kwargs.pop("token_mask", None)
+        if self._token_mask is not None:  # with a cache Transformers does not look for positions that begin anew
+            kwargs["use_cache"] = False
         arguments = self._arguments(model, args, kwargs)
         self._trace.start(recording=self.training and arguments.get("labels") is not None)
+        return args, kwargs
 
     def _close_trace(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         logits = self._trace.stop()
         if output is None or not logits:
             return output
         arguments = self._arguments(model, args, kwargs)
-        total = self._aux_loss(logits, arguments.get("attention_mask"))
-        share = _share_of_batch(arguments["labels"], arguments.get("num_items_in_batch"))
+        mask = arguments.get("attention_mask") if self._token_mask is None else self._token_mask
+        total = self._aux_loss(logits, mask)
+        share = share_of_batch(arguments["labels"], arguments.get("num_items_in_batch"))
         output["loss"] = output["loss"] + share * total.to(output["loss"])
         return output
 
@@ -150,13 +167,13 @@ class PerftModel(BaseTuner):
         bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         return {**bound.pop("kwargs", {}), **bound}
 
-    def _aux_loss(self, logits: dict[str, list[Tensor]], attention_mask: Tensor | None) -> Tensor:
+    def _aux_loss(self, logits: dict[str, list[Tensor]], real_tokens: Tensor | None) -> Tensor:
         """Weighted sum over the adapters; the unweighted terms are kept in `router_aux_loss`."""
         self.router_aux_loss = {}
         total = torch.zeros(())
         mask_T = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            mask_T = attention_mask.reshape(-1) != 0
+        if real_tokens is not None and real_tokens.dim() == 2:
+            mask_T = real_tokens.reshape(-1) != 0
         for name, layers in logits.items():
             config = self.peft_config[name]
             if torch.is_grad_enabled() and not layers[0].requires_grad and config.router_aux_loss_coef:
@@ -167,11 +184,12 @@ class PerftModel(BaseTuner):
             mask = mask_T if mask_T is not None and mask_T.numel() == layers[0].shape[0] else None
             loss = router_load_balancing_loss(layers, config.top_k, mask)
             self.router_aux_loss[name] = loss.detach()
+            self.router_health.setdefault(name, RouterHealth()).add(layers, config.top_k, mask)
             total = total.to(loss.device) + config.router_aux_loss_coef * loss
         return total
 
 
-def _share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+def share_of_batch(labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | float:
     """This micro-batch's share of the optimiser's batch: Trainer's losses are sums over it when it counts the items."""
     if num_items_in_batch is None:
         return 1.0

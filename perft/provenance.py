@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import cached_file
 
 from perft.adapter import Adapter
@@ -25,6 +25,7 @@ from perft.errors import AdapterError
 TRAINING_FILE = "perft_training.json"
 CARD_FILE = "README.md"
 _PACKAGES = ("perft-serve", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _VARIANT_NAMES = {"R": "Routed", "E": "Embedded", "D": "Dense", "S": "Single"}
 
 
@@ -106,13 +107,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 def hub_id(base: str | None) -> str | None:
     """`base` if it can be the name of a repository on the Hub; a folder of this machine is nobody else's business."""
-    if not base or base.count("/") > 1 or Path(base).exists():
-        return None
-    try:
-        validate_repo_id(base)
-    except HFValidationError:
-        return None
-    return base
+    return base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
 
 
 def model_card(adapter: Adapter, record: Mapping[str, Any]) -> str:

@@ -21,6 +21,8 @@ from perft.data import LossOn
 from perft.errors import PerftError
 
 BaseDtype = Literal["auto", "float32", "bfloat16"]
+MixedPrecision = Literal["bfloat16", "float16"]
+Reporter = Literal["tensorboard", "wandb"]
 SaveDtype = Literal["float32", "bfloat16"]
 Scheduler = Literal["linear", "cosine", "constant"]
 
@@ -35,9 +37,14 @@ class TrainConfig:
     """
 
     model: str = field(metadata={"help": "base model: a folder or a hub id"})
-    data: tuple[str, ...] = field(metadata={"help": "training data, .jsonl or .json files"})
+    data: tuple[str, ...] = field(
+        metadata={
+            "help": "training data: .jsonl, .json or .parquet files, or data sets of the Hub as "
+            "org/name[@revision]:[config/]split"
+        }
+    )
     output: str = field(metadata={"help": "folder for the adapter, its log and its checkpoints"})
-    eval_data: tuple[str, ...] = field(default=(), metadata={"help": "held-out data files"})
+    eval_data: tuple[str, ...] = field(default=(), metadata={"help": "held-out data, named likewise"})
     eval_split: float | None = field(
         default=None, metadata={"help": "hold out part of the data: a share below 1, or a number of examples"}
     )
@@ -49,6 +56,21 @@ class TrainConfig:
     )
     keep_checkpoints: int = field(default=2, metadata={"help": "how many of the latest checkpoints to keep"})
     log_steps: int = field(default=10, metadata={"help": "log every so many steps"})
+    report_to: tuple[Reporter, ...] = field(
+        default=(), metadata={"help": "also log to tensorboard or wandb, if they are installed"}
+    )
+    columns: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "fields of the data to take, as theirs=ours (question=prompt); all others are left out"},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read training data while training, never all of it at once; needs max_steps"}
+    )
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "examples that streaming shuffles among"})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "fill rows of max_length with several examples, which do not see each other"},
+    )
     loss_on: LossOn = field(
         default="all", metadata={"help": "learn the whole text, as in the paper, or the answer only"}
     )
@@ -67,6 +89,15 @@ class TrainConfig:
     scheduler: Scheduler = field(default="linear", metadata={"help": "what the learning rate does after warm-up"})
     weight_decay: float = field(default=0.0, metadata={"help": "weight decay of AdamW"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient's norm; 0 does not"})
+    early_stopping: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a new best; keeps the best"}
+    )
+    keep_best: bool = field(
+        default=False, metadata={"help": "the adapter is that of the best evaluation, not of the last step"}
+    )
+    mixed_precision: MixedPrecision | None = field(
+        default=None, metadata={"help": "autocast of the forward pass, base and adapter alike"}
+    )
     seed: int = field(default=42, metadata={"help": "seed of initial values, order and dropout"})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations in the backward pass to save memory"}
@@ -82,7 +113,13 @@ class TrainConfig:
                 raise PerftError(f"{name} is empty")
         if not self.data:
             raise PerftError("data names no file")
-        for name in ("eval_steps", "save_steps", "max_steps", "keep_checkpoints", "log_steps", "batch_size"):
+        for column in self.columns:
+            if not all(column.partition("=")) or column.count("=") != 1:
+                raise PerftError(f"columns are given as theirs=ours, got {column!r}")
+        for name in (
+            *("eval_steps", "save_steps", "max_steps", "keep_checkpoints", "log_steps", "batch_size"),
+            *("shuffle_buffer", "early_stopping"),
+        ):
             self._check_minimum(name, 1)
         for name in ("gradient_accumulation", "max_length"):
             self._check_minimum(name, 1 if name == "gradient_accumulation" else 2)
@@ -97,7 +134,16 @@ class TrainConfig:
             raise PerftError(f"warmup of 1 or more is a number of steps, so it must be whole, got {self.warmup}")
         if self.epochs is not None and self.max_steps is not None:
             raise PerftError("epochs and max_steps both say how long to train; give one")
+        if self.streaming and self.max_steps is None:
+            raise PerftError("streaming does not know how much data there is: give max_steps")
+        if self.streaming and self.eval_split is not None:
+            raise PerftError("eval_split cannot divide data that is streamed: give eval_data")
         self._check_evaluation()
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the adapter is that of the best evaluation."""
+        return self.keep_best or self.early_stopping is not None
 
     def _check_minimum(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
@@ -112,6 +158,15 @@ class TrainConfig:
             raise PerftError(f"eval_split must be a share below 1 or a whole number of examples, got {split}")
         if self.eval_steps is not None and split is None and not self.eval_data:
             raise PerftError("eval_steps needs something to evaluate on: give eval_data or eval_split")
+        if self.keeps_best:
+            name = "keep_best" if self.early_stopping is None else "early_stopping"
+            if split is None and not self.eval_data:
+                raise PerftError(f"{name} needs something to evaluate on: give eval_data or eval_split")
+            if self.save_steps != self.eval_steps:
+                raise PerftError(
+                    f"{name} needs a checkpoint of each evaluation: save_steps must be what eval_steps is "
+                    f"({self.eval_steps}), got {self.save_steps}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,20 +17,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
+import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
+    EarlyStoppingCallback,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -42,7 +46,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from perft.adapter import Adapter, LayerTensors, read_adapter, write_adapter
 from perft.base import first_line, load_base
 from perft.config import PerftConfig
-from perft.data import PaddingCollator, TokenizedData, tokenize_files
+from perft.data import HubData, PaddingCollator, StreamedRows, iter_records, pack, tokenize_files
 from perft.errors import BaseModelError, PerftError
 from perft.layer import PerftLayer
 from perft.model import PerftModel
@@ -99,44 +103,57 @@ def train(
         BaseModelError: the base cannot be loaded or has no MoE blocks.
     """
     require_train_extra()
+    from accelerate import PartialState  # of the extra `train`
+
     output = Path(config.output)
-    run = _describe_run(config, adapter)
-    _check_output(output, run, resume=resume, overwrite=overwrite)
-    tokenizer = _load_tokenizer(config.model)
-    train_data, eval_data = _load_data(config, tokenizer)
+    run = describe_run(config, adapter)
+    processes = PartialState()
+    if processes.is_main_process:
+        check_output(output, run, resume=resume, overwrite=overwrite)
+        if overwrite:
+            clear_output(output)
+    tokenizer = load_tokenizer(config.model)
+    train_data, eval_data = load_data(config, tokenizer)
     base = load_base(config.model, config.dtype)
     run["base"] = describe_base(config.model)
     if resume:
-        _check_same_base(output, run["base"])
+        check_same_base(output, run["base"])
     set_seed(config.seed)
     # a copy: attaching settles in place what depends on the base
     model = get_peft_model(base, copy.deepcopy(adapter))
     checkpoint = get_last_checkpoint(str(output / CHECKPOINTS)) if resume else None
-    output.mkdir(parents=True, exist_ok=True)
-    write_record(output, run)
+    processes.wait_for_everyone()  # nobody writes before all have looked
     log = LogCallback(output)
+    stopping = [] if config.early_stopping is None else [EarlyStoppingCallback(config.early_stopping)]
     trainer = PerftTrainer(
         model=model,
-        args=_trainer_arguments(config, has_eval=eval_data is not None),
+        args=trainer_arguments(config, has_eval=eval_data is not None),
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=PaddingCollator(pad_token_id=tokenizer.pad_token_id or 0),
-        callbacks=[log, *callbacks],
+        callbacks=[log, *stopping, *callbacks],
     )
+    check_packing(config, base)  # where Trainer has put it
+    if processes.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_record(output, run)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
-    outcome = {
-        "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - start, 1),
-        "resumed": checkpoint is not None,
-        "train_examples": len(train_data),
-        "eval_examples": 0 if eval_data is None else len(eval_data),
-    }
-    finished = write_finished(
-        model, model.active_adapter, config, {**run, "outcome": outcome}, trainer.state.log_history
-    )
-    log.write(trainer.state.log_history)
-    return finished
+    if processes.is_main_process:
+        outcome = {
+            "steps": trainer.state.global_step,
+            "seconds": round(time.perf_counter() - start, 1),
+            "resumed": checkpoint is not None,
+            "processes": processes.num_processes,
+            **count_examples(train_data, eval_data),
+        }
+        history = trainer.state.log_history
+        layers = [module for module in model.modules() if isinstance(module, PerftLayer)]
+        name = model.active_adapter
+        write_finished(layers, name, model.peft_config[name], config, {**run, "outcome": outcome}, history)
+        log.write(history)
+    processes.wait_for_everyone()
+    return read_adapter(output)
 
 
 class PerftTrainer(Trainer):
@@ -173,6 +190,8 @@ class PerftTrainer(Trainer):
             if self._aux_count:
                 logs["router_aux_loss"] = float(self._aux_sum) / self._aux_count
                 self._aux_sum, self._aux_count = 0.0, 0
+            for health in self.accelerator.unwrap_model(self.model).base_model.router_health.values():
+                logs.update(health.take())
         super().log(logs, start_time)
 
 
@@ -184,11 +203,13 @@ class LogCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the log so far; the plot follows at evaluations and at the end."""
-        self._write_log(state.log_history)
+        if state.is_world_process_zero:
+            self._write_log(state.log_history)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draws what there is."""
-        self.write(state.log_history)
+        if state.is_world_process_zero:
+            self.write(state.log_history)
 
     def write(self, history: list[dict[str, float]]) -> None:
         """Writes the log and draws the plot."""
@@ -219,18 +240,39 @@ def plot_losses(history: Sequence[dict[str, float]], path: str | Path) -> None:
     figure.savefig(path)
 
 
-def _describe_run(config: TrainConfig, adapter: PerftConfig) -> dict[str, Any]:
-    """What the outcome depends on, as it goes into `perft_training.json`."""
-    files = {}
-    for name in (*config.data, *config.eval_data):
-        if not Path(name).is_file():
-            raise PerftError(f"data file not found: {name}")
-        files[name] = file_sha256(Path(name))
-    return {"recipe": recipe_values(config, adapter), "data_sha256": files, "versions": package_versions()}
+def describe_run(config: TrainConfig, adapter: PerftConfig) -> dict[str, Any]:
+    """What the outcome depends on, as it goes into `perft_training.json`.
+
+    Raises:
+        PerftError: data is not there, or has nothing to be known by.
+    """
+    data = {name: _fingerprint(name, config) for name in config.data}
+    data |= {name: _fingerprint(name, dataclasses.replace(config, streaming=False)) for name in config.eval_data}
+    return {"recipe": recipe_values(config, adapter), "data_sha256": data, "versions": package_versions()}
 
 
-def _check_output(output: Path, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """The output folder is fit for what is asked; an earlier run in it is deleted only with `overwrite`."""
+def _fingerprint(source: str, config: TrainConfig) -> str:
+    """Sha256 of a file, or of a Hub data set's rows; of rows that are only streamed, the commit stands for them."""
+    hub = HubData.parse(source)
+    if hub is None:
+        if not Path(source).is_file():
+            raise PerftError(f"data file not found: {source}")
+        return file_sha256(Path(source))
+    if not config.streaming:
+        digest = hashlib.sha256()
+        for record in iter_records(source, config.columns):
+            digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
+    if hub.revision is None or not re.fullmatch("[0-9a-f]{40}", hub.revision):
+        raise PerftError(
+            f"{source}: to stream from the Hub, name the commit ({hub.repo}@COMMIT:{hub.split}), so that the run can be "
+            "resumed and told from others"
+        )
+    return f"commit {hub.revision}"
+
+
+def check_output(output: Path, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """The output folder is fit for what is asked; an earlier run in it may be deleted only with `overwrite`."""
     if resume and overwrite:
         raise PerftError("--resume and --overwrite contradict each other; give one")
     if output.exists() and not output.is_dir():
@@ -239,7 +281,7 @@ def _check_output(output: Path, run: dict[str, Any], *, resume: bool, overwrite:
     if resume:
         if not run_file.is_file() or get_last_checkpoint(str(output / CHECKPOINTS)) is None:
             raise PerftError(f"nothing to resume: {output} holds no checkpoint of an earlier run")
-        _check_same_run(json.loads(run_file.read_text(encoding="utf-8")), run, output)
+        check_same_run(json.loads(run_file.read_text(encoding="utf-8")), run, output)
     elif output.is_dir() and any(output.iterdir()):
         if not overwrite:
             raise PerftError(f"output {output} is not empty; give --resume to continue, or --overwrite to start anew")
@@ -247,10 +289,16 @@ def _check_output(output: Path, run: dict[str, Any], *, resume: bool, overwrite:
             raise PerftError(
                 f"output {output} holds no earlier run (no {TRAINING_FILE}), so it is not deleted; choose another folder"
             )
+
+
+def clear_output(output: Path) -> None:
+    """Deletes the earlier run that `check_output` has found in the folder."""
+    if output.is_dir():
         shutil.rmtree(output)
 
 
-def _check_same_run(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+def check_same_run(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
+    """Refuses to go on with a run under another recipe or on other data."""
     old, new = before.get("recipe", {}), now["recipe"]
     changed = [
         f"{name} was {old.get(name)!r}, is {new[name]!r}"
@@ -263,13 +311,15 @@ def _check_same_run(before: dict[str, Any], now: dict[str, Any], output: Path) -
         raise PerftError(f"cannot resume {output}: the data files have changed since")
 
 
-def _check_same_base(output: Path, base: dict[str, Any]) -> None:
+def check_same_base(output: Path, base: dict[str, Any]) -> None:
+    """Refuses to go on with a run on another base."""
     before = json.loads((output / TRAINING_FILE).read_text(encoding="utf-8")).get("base", {})
     if before.get("digest") != base["digest"]:
         raise PerftError(f"cannot resume {output}: the base model's files are not those it was begun with")
 
 
-def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base `model`."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
@@ -277,31 +327,109 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
-    train_data = _tokenized("training", config.data, config, tokenizer).dataset
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Dataset | None]:
+    """Training rows (a `Dataset`, or `StreamedRows`) and held-out rows."""
+    if config.streaming:
+        train_data: Any = StreamedRows(
+            config.data,
+            tokenizer,
+            max_length=config.max_length,
+            loss_on=config.loss_on,
+            columns=config.columns,
+            buffer_size=config.shuffle_buffer,
+            seed=config.seed,
+            packing=config.packing,
+        )
+        eval_data = _tokenized("held-out", config.eval_data, config, tokenizer) if config.eval_data else None
+        return train_data, eval_data
+    train_data = _tokenized("training", config.data, config, tokenizer)
+    eval_data = None
     if config.eval_data:
-        return train_data, _tokenized("held-out", config.eval_data, config, tokenizer).dataset
-    if config.eval_split is None:
-        return train_data, None
-    held_out = config.eval_split if config.eval_split < 1 else int(config.eval_split)
-    if held_out >= len(train_data) or held_out * len(train_data) < 1:
-        raise PerftError(f"eval_split={config.eval_split:g} does not divide {len(train_data)} examples; give eval_data")
-    parts = train_data.train_test_split(test_size=held_out, seed=config.seed)
-    return parts["train"], parts["test"]
+        eval_data = _tokenized("held-out", config.eval_data, config, tokenizer)
+    elif config.eval_split is not None:
+        held_out = config.eval_split if config.eval_split < 1 else int(config.eval_split)
+        if held_out >= len(train_data) or held_out * len(train_data) < 1:
+            raise PerftError(
+                f"eval_split={config.eval_split:g} does not divide {len(train_data)} examples; give eval_data"
+            )
+        parts = train_data.train_test_split(test_size=held_out, seed=config.seed)
+        train_data, eval_data = parts["train"], parts["test"]
+    return (_packed(train_data, config.max_length) if config.packing else train_data), eval_data
 
 
-def _tokenized(
-    what: str, paths: Sequence[str], config: TrainConfig, tokenizer: PreTrainedTokenizerBase
-) -> TokenizedData:
-    data = tokenize_files(paths, tokenizer, max_length=config.max_length, loss_on=config.loss_on)
+def count_examples(train_data: Any, eval_data: Dataset | None) -> dict[str, int | None]:
+    """How many rows there are to train and to evaluate on; of a stream nobody knows."""
+    return {
+        "train_examples": None if isinstance(train_data, StreamedRows) else len(train_data),
+        "eval_examples": 0 if eval_data is None else len(eval_data),
+    }
+
+
+@torch.no_grad()
+def check_packing(config: TrainConfig, base: PreTrainedModel) -> None:
+    """Refuses to pack where examples in a row would see each other, which is tried out.
+
+    Whether positions that begin anew keep examples apart is up to the family (some do not hand them to the attention mask), to
+    its layers (a recurrent one mixes) and to the attention's implementation. So a probe stands behind two different
+    examples: its logits must not care which.
+
+    Raises:
+        PerftError: they do.
+    """
+    if not config.packing:
+        return
+    length, rows = 8, min(config.batch_size, 2)
+    ids = torch.randint(
+        base.config.get_text_config().vocab_size, (3, length), generator=torch.Generator().manual_seed(0)
+    )
+    was_training = base.training
+    base.eval()
+
+    def sway(position_ids: Tensor) -> Tensor:
+        """How far the probe's logits move with what stands before it."""
+        logits = [
+            base(
+                input_ids=torch.cat([before, ids[2]]).repeat(rows, 1).to(base.device),
+                position_ids=position_ids.repeat(rows, 1).to(base.device),
+                use_cache=False,
+            ).logits[:, length:]
+            for before in ids[:2]
+        ]
+        return (logits[0].float() - logits[1].float()).abs().max()
+
+    leak, seen = sway(torch.arange(length).repeat(2)), sway(torch.arange(2 * length))
+    base.train(was_training)
+    if leak > 0.1 * seen:
+        raise PerftError(
+            f"packing: with {type(base).__name__} ({base.config.get_text_config()._attn_implementation} attention, batch_size "
+            f"{config.batch_size}) the examples of a row would see each other; leave packing out"
+        )
+
+
+def _packed(data: Dataset, max_length: int) -> Dataset:
+    from datasets import Dataset  # of the extra `train`
+
+    rows = Dataset.from_list(list(pack(data, max_length)))
+    print(f"packed: {len(data):,} examples in {len(rows):,} rows of up to {max_length} tokens", flush=True)
+    return rows
+
+
+def _tokenized(what: str, paths: Sequence[str], config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    data = tokenize_files(
+        paths, tokenizer, max_length=config.max_length, loss_on=config.loss_on, columns=config.columns
+    )
     tokens = sum(len(ids) for ids in data.dataset["input_ids"])
     cut = f", {data.num_truncated} cut at max_length={config.max_length}" if data.num_truncated else ""
     dropped = f", {data.num_dropped} left out (nothing to learn after the cut)" if data.num_dropped else ""
     print(f"{what} data: {len(data.dataset):,} examples, {tokens:,} tokens{cut}{dropped}", flush=True)
-    return data
+    return data.dataset
 
 
-def _trainer_arguments(config: TrainConfig, *, has_eval: bool) -> TrainingArguments:
+def trainer_arguments(config: TrainConfig, *, has_eval: bool) -> TrainingArguments:
+    """The recipe as Trainer's arguments."""
+    for package in config.report_to:
+        if importlib.util.find_spec(package) is None:
+            raise PerftError(f"report_to names {package}, which is not installed: pip install {package}")
     scheduler = "constant_with_warmup" if config.scheduler == "constant" else config.scheduler
     return TrainingArguments(
         output_dir=str(Path(config.output) / CHECKPOINTS),
@@ -316,18 +444,24 @@ def _trainer_arguments(config: TrainConfig, *, has_eval: bool) -> TrainingArgume
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        bf16=config.mixed_precision == "bfloat16",
+        fp16=config.mixed_precision == "float16",
         eval_strategy=_strategy(config.eval_steps) if has_eval else "no",
         eval_steps=config.eval_steps,
         prediction_loss_only=True,
         save_strategy=_strategy(config.save_steps),
         save_steps=config.save_steps or 500,
         save_total_limit=config.keep_checkpoints,
+        load_best_model_at_end=config.keeps_best,
+        metric_for_best_model="eval_loss" if config.keeps_best else None,
+        greater_is_better=False if config.keeps_best else None,
         logging_steps=config.log_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
+        report_to=list(config.report_to) or "none",
         **_checkpointing_arguments(config),
     )
 
@@ -346,27 +480,34 @@ def _strategy(steps: int | None) -> str:
 
 
 def write_finished(
-    model: PeftModel, name: str, config: TrainConfig, record: dict[str, Any], history: list[dict[str, float]]
+    layers: Iterable[PerftLayer],
+    name: str,
+    adapter: PerftConfig,
+    config: TrainConfig,
+    record: dict[str, Any],
+    history: list[dict[str, float]],
 ) -> Adapter:
-    """Writes adapter `name` of `model` with its record and card into the output folder, and returns it as read back."""
+    """Writes adapter `name` of `layers` with its record and card into the output folder, and returns it as read back."""
     output, dtype = Path(config.output), getattr(torch, config.save_dtype)
-    layers: dict[int, LayerTensors] = {}
+    tensors: dict[int, LayerTensors] = {}
     block_names: dict[int, str] = {}
-    for module in model.modules():
-        if isinstance(module, PerftLayer) and name in module.perft_down:
-            gate = module.perft_gate.get(name)
-            layers[module.block.layer] = LayerTensors(
-                down_MRD=_stored(module.perft_down[name], dtype),
-                up_MRD=_stored(module.perft_up[name], dtype),
+    for layer in layers:
+        if name in layer.perft_down:
+            gate = layer.perft_gate.get(name)
+            tensors[layer.block.layer] = LayerTensors(
+                down_MRD=_stored(layer.perft_down[name], dtype),
+                up_MRD=_stored(layer.perft_up[name], dtype),
                 gate_MD=None if gate is None else _stored(gate, dtype),
             )
-            block_names[module.block.layer] = module.block.name
-    finished_config = copy.copy(model.peft_config[name])
+            block_names[layer.block.layer] = layer.block.name
+    finished_config = copy.copy(adapter)
     finished_config.inference_mode = True
-    write_adapter(output, finished_config, layers, block_names)
+    write_adapter(output, finished_config, tensors, block_names)
     finished = read_adapter(output)
-    outcome = {**record["outcome"], "digest": finished.digest, "metrics": metrics_of(history)}
-    record = {**record, "outcome": outcome}
+    record = {
+        **record,
+        "outcome": {**record["outcome"], "digest": finished.digest, "metrics": metrics_of(history)},
+    }
     write_record(output, record)
     (output / CARD_FILE).write_text(model_card(finished, record), encoding="utf-8")
     return finished

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from tiny import FAMILIES, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from perft.data import IGNORED_LABEL, PaddingCollator, alpaca_prompt, encode, read_records, tokenize_files
+from perft.config import PerftConfig
+from perft.data import (
+    IGNORED_LABEL,
+    PaddingCollator,
+    alpaca_prompt,
+    encode,
+    iter_records,
+    pack,
+    read_records,
+    tokenize_files,
+)
 from perft.errors import PerftError
+from perft.recipe import TrainConfig
+from perft.train import check_packing
 
 ALPACA = {"instruction": "Say hello", "input": "", "output": "hello world", "answer": "hello"}
 PROMPT = {"prompt": "hello", "completion": " world"}
@@ -159,7 +176,7 @@ def test_other_bad_files(tmp_path: Path) -> None:
     with pytest.raises(PerftError, match="data file not found"):
         read_records(tmp_path / "nothing.jsonl")
     (tmp_path / "data.csv").write_text("a,b")
-    with pytest.raises(PerftError, match=r"are \.jsonl or \.json, not '\.csv'"):
+    with pytest.raises(PerftError, match=r"are \.jsonl, \.json or \.parquet, not '\.csv'"):
         read_records(tmp_path / "data.csv")
     (tmp_path / "one.json").write_text("{}")
     with pytest.raises(PerftError, match="one list of objects"):
@@ -177,3 +194,96 @@ def test_the_collator_pads_masks_and_keeps_labels_out_of_the_padding() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 2, 7], [5, -100, -100]]
     assert all(tensor.dtype == torch.long for tensor in batch.values())
+
+
+def test_parquet_is_read_like_json(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    Dataset.from_list([PROMPT, {**PROMPT, "prompt": "fox"}]).to_parquet(tmp_path / "data.parquet")
+    assert read_records(tmp_path / "data.parquet") == [PROMPT, {**PROMPT, "prompt": "fox"}]
+    Dataset.from_list([CHAT]).to_parquet(tmp_path / "chat.parquet")
+    assert read_records(tmp_path / "chat.parquet") == [CHAT]
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    with pytest.raises(PerftError, match=r"bad\.parquet: not a Parquet file"):
+        read_records(tmp_path / "bad.parquet")
+
+
+def test_columns_are_renamed_and_the_others_left_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "qa.jsonl", {"question": "hello", "answer": " world", "id": 3})
+    assert read_records(file, ["question=prompt", "answer=completion"]) == [PROMPT]
+    with pytest.raises(PerftError, match=r"line 1: there is no field 'query' \(columns\); it has \['answer', 'id'"):
+        read_records(file, ["query=prompt", "answer=completion"])
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, name: str | None, **options: Any) -> Any:
+        asked.append((path, name, options["split"], options["revision"], options["streaming"]))
+        return Dataset.from_list([PROMPT])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_records("acme/qa:train") == [PROMPT]
+    assert list(iter_records("acme/qa@v1:main/test", streaming=True)) == [PROMPT]
+    assert asked == [("acme/qa", None, "train", None, False), ("acme/qa", "main", "test", "v1", True)]
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise ConnectionError("Couldn't reach the Hub\nTraceback")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(PerftError, match="cannot load the data set 'acme/qa' from the Hub: Couldn't reach the Hub$"):
+        read_records("acme/qa:train")
+
+
+@given(lengths=st.lists(st.integers(1, 12), max_size=300))
+def test_packing_keeps_every_example_whole(lengths: list[int]) -> None:
+    rows = [{"input_ids": [i] * n, "labels": [i] * n} for i, n in enumerate(lengths)]
+    packed = list(pack(rows, 12))
+    found = []
+    for row in packed:
+        assert len(row["input_ids"]) == len(row["labels"]) == len(row["position_ids"]) <= 12
+        starts = [at for at, position in enumerate(row["position_ids"]) if position == 0]
+        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
+            assert row["position_ids"][start:end] == list(range(end - start))
+            assert row["labels"][start] == IGNORED_LABEL
+            assert row["labels"][start + 1 : end] == row["input_ids"][start + 1 : end]
+            found.append((row["input_ids"][start], end - start))
+    assert sorted(found) == list(enumerate(lengths))
+    assert all(rows[i]["labels"] == [i] * n for i, n in enumerate(lengths)), "the rows given are left alone"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", ["R", "E"])
+def test_packed_log_probabilities_are_the_unpacked_ones(family: str, variant: Literal["R", "E"]) -> None:
+    """No example sees another one in its row, nor padding, or packing is refused; the router's loss counts no padding."""
+    torch.manual_seed(0)
+    base = tiny_model(family)
+    model = get_peft_model(base, PerftConfig(variant=variant, r=4))
+    for name, parameter in model.named_parameters():
+        if "perft_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    generator = torch.Generator().manual_seed(1)
+    examples = [torch.randint(0, 128, (n,), generator=generator).tolist() for n in (5, 3, 9, 4, 2, 12)]
+    collate = PaddingCollator(pad_token_id=0)
+    packed = collate(list(pack([{"input_ids": ids, "labels": ids} for ids in examples], 20)))
+    assert packed["input_ids"].shape[0] == 2
+    assert not packed["token_mask"].all(), "one row has padding"
+    model.train()
+    output = model(**packed)
+    found = {}
+    for row in range(2):
+        for start in (packed["position_ids"][row] == 0).nonzero().squeeze(1).tolist():
+            for ids in examples:
+                if packed["token_mask"][row, start] and packed["input_ids"][row, start:][: len(ids)].tolist() == ids:
+                    found[tuple(ids)] = output.logits[row, start : start + len(ids)].log_softmax(-1)
+    alone = collate([{"input_ids": ids, "labels": ids} for ids in examples])
+    expected = model(**alone)
+    assert len(found) == len(examples)
+    pairs = [(found[tuple(ids)], expected.logits[row, : len(ids)].log_softmax(-1)) for row, ids in enumerate(examples)]
+    config = TrainConfig(model="base", data=("data",), output="out", packing=True)
+    if family == "gpt_oss" and not all(torch.allclose(*pair, atol=1e-5, rtol=1e-5) for pair in pairs):
+        with pytest.raises(PerftError, match="the examples of a row would see each other"):
+            check_packing(config, base)
+        return
+    check_packing(config, base)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-5, rtol=1e-5)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from perft.adapter import read_adapter
 from perft.config import PerftConfig
 from perft.errors import BaseModelError, PerftError
 from perft.layer import PerftLayer
-from perft.recipe import TrainConfig
+from perft.recipe import TrainConfig, recipe_values
 from perft.train import train
 
 WORDS = ["hello", "world", "experts", "router", "token", "adapter", "fox", "dog"]
@@ -311,11 +314,13 @@ def test_the_plot_has_a_sensible_size(tmp_path: Path) -> None:
     assert len(data) < 60_000
 
 
-def test_every_setting_reaches_the_trainer(recipe: Callable[..., TrainConfig]) -> None:
+def test_every_setting_reaches_the_trainer(recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that is added must change something."""
     handled_elsewhere = {
         *("model", "data", "eval_data", "eval_split", "loss_on", "max_length", "dtype", "save_dtype"),
+        *("columns", "streaming", "shuffle_buffer", "packing", "early_stopping"),
     }
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     config = recipe(max_steps=None, gradient_checkpointing=True)
     changes: dict[str, Any] = {
         "output": "elsewhere",
@@ -334,12 +339,129 @@ def test_every_setting_reaches_the_trainer(recipe: Callable[..., TrainConfig]) -
         "max_grad_norm": 3.0,
         "seed": 17,
         "gradient_checkpointing": False,
+        "mixed_precision": "bfloat16",
+        "keep_best": True,
+        "report_to": ("tensorboard",),
     }
     assert changes.keys() | handled_elsewhere == {field.name for field in dataclasses.fields(TrainConfig)}
-    before = perft.train._trainer_arguments(config, has_eval=True).to_dict()
+    before = perft.train.trainer_arguments(config, has_eval=True).to_dict()
     for name, value in changes.items():
         changed: dict[str, Any] = {name: value}
         if name == "eval_steps":
             changed["eval_split"] = 0.5
-        after = perft.train._trainer_arguments(dataclasses.replace(config, **changed), has_eval=True)
+        if name == "keep_best":
+            changed |= {"eval_split": 0.5, "eval_steps": config.save_steps}
+        after = perft.train.trainer_arguments(dataclasses.replace(config, **changed), has_eval=True)
         assert after.to_dict() != before, name
+
+
+def test_packing_learns_and_resumes_exactly(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"packing": True, "max_length": 24, "batch_size": 1}
+    adapter = PerftConfig(num_experts=3, top_k=2, r=4)
+    whole = train(recipe(output=str(tmp_path / "whole"), **changes), adapter)
+    cut = recipe(output=str(tmp_path / "cut"), **changes)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, adapter, callbacks=[Cut(3)])
+    assert train(cut, adapter, resume=True).digest == whole.digest
+    found = [entry["loss"] for entry in log_of(cut.output) if "loss" in entry]
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_streaming_resumes_exactly(packing: bool, recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Over the end of the data too: eight examples, 6 steps of 4."""
+    changes: dict[str, Any] = {"streaming": True, "shuffle_buffer": 3, "packing": packing, "max_length": 40}
+    adapter = PerftConfig(variant="S", r=4)
+    whole = train(recipe(output=str(tmp_path / "whole"), **changes), adapter)
+    cut = recipe(output=str(tmp_path / "cut"), **changes)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, adapter, callbacks=[Cut(3)])
+    assert train(cut, adapter, resume=True).digest == whole.digest
+    assert json.loads((tmp_path / "cut" / "perft_training.json").read_text())["outcome"]["train_examples"] is None
+
+
+def test_early_stopping_keeps_the_best(recipe: Callable[..., TrainConfig]) -> None:
+    config = recipe(learning_rate=0.5, max_steps=40, eval_split=2, eval_steps=1, save_steps=1, early_stopping=3)
+    train(config, PerftConfig(r=4))
+    evaluations = [entry["eval_loss"] for entry in log_of(config.output) if "eval_loss" in entry]
+    best = evaluations.index(min(evaluations))
+    assert len(evaluations) == best + 1 + 3 < 40
+    at_best = load_file(Path(config.output) / f"checkpoints/checkpoint-{best + 1}/adapter_model.safetensors")
+    finished = load_file(Path(config.output) / "adapter_model.safetensors")
+    assert at_best.keys() == finished.keys()
+    assert all(torch.equal(at_best[name], finished[name]) for name in finished)
+
+
+def test_mixed_precision_is_autocast(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            head = kwargs["model"].get_base_model().lm_head
+            head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+
+    adapter = PerftConfig(num_experts=3, top_k=2, r=4)
+    train(recipe(mixed_precision="bfloat16", output=str(tmp_path / "mixed")), adapter, callbacks=[Look()])
+    train(recipe(output=str(tmp_path / "plain")), adapter, callbacks=[Look()])
+    assert seen == [torch.bfloat16] * 6 + [torch.float32] * 6
+    losses = [[entry["loss"] for entry in log_of(tmp_path / n) if "loss" in entry] for n in ("mixed", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+
+
+def test_the_routers_health_is_logged(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    class Collapse(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                for module in kwargs["model"].modules():
+                    if isinstance(module, PerftLayer):  # equal logits: the first adapter expert wins every time
+                        module.perft_gate["default"].data.zero_()
+
+    train(recipe(learning_rate=1e-12), PerftConfig(num_experts=3, top_k=1, r=4), callbacks=[Collapse()])
+    entries = {entry["step"]: entry for entry in log_of(tmp_path / "out") if "loss" in entry}
+    assert 1 <= entries[1]["router_peak_load"] <= 3
+    assert 0.9 < entries[1]["router_entropy"] <= 1
+    assert entries[4]["router_dead"] == 2 * 2, "two of three adapter experts in each of two layers"
+    assert entries[4]["router_peak_load"] == pytest.approx(3)
+    train(recipe(output=str(tmp_path / "single")), PerftConfig(variant="S", r=2))
+    assert not any("router_dead" in entry for entry in log_of(tmp_path / "single"))
+
+
+def test_a_logger_that_is_not_installed_is_named(
+    recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    with pytest.raises(PerftError, match="report_to names wandb, which is not installed: pip install wandb"):
+        train(recipe(report_to=("wandb",)), PerftConfig(r=2))
+
+
+def test_streaming_a_hub_data_set_needs_its_commit(recipe: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(PerftError, match="name the commit"):
+        train(recipe(data=("acme/tickets:train",), streaming=True), PerftConfig(r=2))
+
+
+def test_two_processes_have_the_loss_curve_of_one(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """`accelerate launch` on two gloo processes with half the batch each, accumulating, equals one process."""
+    adapter = PerftConfig(num_experts=3, top_k=2, r=4, router_aux_loss_coef=0.0)
+    changes: dict[str, Any] = {"eval_split": 2, "eval_steps": 3, "max_steps": 5, "gradient_accumulation": 2}
+    alone = recipe(output=str(tmp_path / "alone"), batch_size=2, **changes)
+    train(alone, adapter)
+    shared = recipe(output=str(tmp_path / "shared"), batch_size=1, **changes)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_values(shared, adapter)))
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+        *("--module", "perft.cli", "train", "--config", str(tmp_path / "recipe.yaml")),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "shared" / "perft_training.json").read_text())
+    assert record["outcome"]["processes"] == 2
+    for key in ("loss", "eval_loss", "grad_norm"):
+        curves = [[entry[key] for entry in log_of(tmp_path / n) if key in entry] for n in ("alone", "shared")]
+        assert len(curves[0]) == len(curves[1]) > 0
+        assert curves[0] == pytest.approx(curves[1], rel=1e-4), key
+    one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("alone", "shared"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=0)
