@@ -1,12 +1,14 @@
 """The command `perft`: build the demo base, import official checkpoints, look at adapters, train them, push them.
 
-In: arguments. Out: what the command makes, and an exit status: 0, or 2 with one line that says what is wrong and what to do.
+In: arguments. Out: what the command makes, and an exit status: 0, or 2 with one line that says what is wrong and what to do
+(`train-many`: 1 if some adapters failed).
 Each command imports what it needs when it runs: a missing extra stops only the command that wants it.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -22,14 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's) and returns the exit status."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        status: int | None = args.run(args)
     except (PerftError, OSError) as error:
         print(f"perft: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("perft: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"perft {version('perft-serve')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_train_many(commands)
     _add_inspect(commands)
     _add_push(commands)
     _add_import(commands)
@@ -156,7 +159,7 @@ def _add_train(commands: Any) -> None:
         commands,
         "train",
         "train an adapter",
-        "Trains an adapter from JSONL files of instruction/input/output, prompt/completion or chat messages. Every option "
+        "Trains an adapter from records of instruction/input/output, prompt/completion or chat messages. Every option "
         "is also a key of a YAML recipe (with _ for -); flags override the recipe.",
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="recipe to start from")
@@ -173,6 +176,58 @@ def _add_train(commands: Any) -> None:
             )
         _add_field(groups[recipe_field.owner], recipe_field)
     parser.set_defaults(run=_run_train)
+
+
+def _add_train_many(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "train-many",
+        "train many adapters on one base in one run",
+        "Trains one adapter for each recipe, all of them on one base in memory and side by side in its batches. Each comes "
+        "out as `perft train` would have made it, and is written as soon as it is done; one that fails stops no other. Exit "
+        "status 1 if any failed.",
+    )
+    parser.add_argument("recipes", metavar="RECIPE.yaml", nargs="+", help="recipes of `perft train`, all of one base")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--resume", action="store_true", help="leave finished ones alone, continue the others")
+    action.add_argument("--overwrite", action="store_true", help="delete the earlier runs in the output folders")
+    parser.add_argument("--at-once", type=int, metavar="N", help="train so many at the same time (default: all)")
+    parser.add_argument(
+        "--tokens-per-pass",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="tokens that go through the base at once (default 8192)",
+    )
+    parser.set_defaults(run=_run_train_many)
+
+
+def _run_train_many(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.live import Live
+
+    from perft.fleet import train_many
+    from perft.fleet_table import LineProgress, fleet_table
+    from perft.train import require_train_extra
+
+    require_train_extra()
+    recipes = [(path, *build_configs(load_recipe(path))) for path in args.recipes]
+    console = Console()
+    run = functools.partial(
+        train_many,
+        recipes,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        at_once=args.at_once,
+        tokens_per_pass=args.tokens_per_pass,
+    )
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            members = run(progress=lambda members: live.update(fleet_table(members), refresh=True))
+    else:
+        members = run(progress=LineProgress(console))
+    console.print(fleet_table(members))
+    return 1 if any(member.state == "failed" for member in members) else 0
 
 
 def _add_field(group: Any, recipe_field: RecipeField) -> None:
