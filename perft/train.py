@@ -431,7 +431,7 @@ def trainer_arguments(config: TrainConfig, *, has_eval: bool) -> TrainingArgumen
         if importlib.util.find_spec(package) is None:
             raise PerftError(f"report_to names {package}, which is not installed: pip install {package}")
     scheduler = "constant_with_warmup" if config.scheduler == "constant" else config.scheduler
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(Path(config.output) / CHECKPOINTS),
         learning_rate=config.learning_rate,
         num_train_epochs=config.epochs or DEFAULT_EPOCHS,
@@ -464,6 +464,10 @@ def trainer_arguments(config: TrainConfig, *, has_eval: bool) -> TrainingArgumen
         report_to=list(config.report_to) or "none",
         **_checkpointing_arguments(config),
     )
+    if arguments.n_gpu > 1:
+        # one process with several GPUs would be DataParallel, whose threads share what the layers keep of a forward pass
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _checkpointing_arguments(config: TrainConfig) -> dict[str, Any]:
