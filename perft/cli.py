@@ -1,8 +1,9 @@
-"""The command `perft`: build the demo base, import official checkpoints, look at adapters, train them, push them.
+"""The command `perft`: build the demo base, import official checkpoints, look at adapters, train and push them, fetch data.
 
 In: arguments. Out: what the command makes, and an exit status: 0, or 2 with one line that says what is wrong and what to do
 (`train-many`: 1 if some adapters failed).
-Each command imports what it needs when it runs: a missing extra stops only the command that wants it.
+Each command imports what it needs when it runs: a missing extra stops only the command that wants it. Commands that run the
+engine (`perft eval`) belong to `perft_serve`, which this package knows nothing of; they come in as entry points.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from typing import Any
 
 from perft.errors import PerftError
 from perft.recipe import RecipeField, build_configs, load_recipe, recipe_fields
+
+COMMANDS = "perft.commands"
+"""Entry points that add commands of packages above this one: functions that take what `add_subparsers` returned."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_demo_base(commands)
     _add_data(commands)
+    for entry in entry_points(group=COMMANDS):
+        entry.load()(commands)
     return parser
 
 
