@@ -23,6 +23,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
     TrainerCallback,
+    TrainingArguments,
 )
 
 import perft.train
@@ -469,14 +470,14 @@ def test_two_processes_have_the_loss_curve_of_one(recipe: Callable[..., TrainCon
 
 def test_one_process_trains_on_one_gpu(recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """Several are for `accelerate launch`; Trainer alone would make threads of them (DataParallel)."""
-    setup = perft.train.TrainingArguments.__post_init__
+    setup = TrainingArguments.__post_init__
 
     def on_four_gpus(self: Any) -> None:
         setup(self)
         assert self.device is not None
         self._n_gpu = 4
 
-    monkeypatch.setattr(perft.train.TrainingArguments, "__post_init__", on_four_gpus)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_four_gpus)
     arguments = perft.train.trainer_arguments(recipe(), has_eval=False)
     assert arguments.n_gpu == 1
     assert arguments.train_batch_size == 4
