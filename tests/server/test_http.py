@@ -427,7 +427,7 @@ class TestHangUps:
                 b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
                 b'content-length: 100\r\n\r\n{"model"'
             )
-        counted = 'perft_http_requests_total{handler="/v1/completions",status="499"}'
+        counted = 'perft_http_requests_total{handler="/v1/completions",method="POST",status="499"}'
         end = time.monotonic() + 5
         while counted not in server.http.get("/metrics").text:
             assert time.monotonic() < end
