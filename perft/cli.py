@@ -1,4 +1,4 @@
-"""The command `perft`: build the demo base, import official checkpoints, look at adapters, train and push them, fetch data.
+"""The command `perft`: the demo base, official checkpoints, training and pushing adapters, data, results.
 
 In: arguments. Out: what the command makes, and an exit status: 0, or 2 with one line that says what is wrong and what to do
 (`train-many`: 1 if some adapters failed).
@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_import(commands)
     _add_demo_base(commands)
     _add_data(commands)
+    _add_compare(commands)
     for entry in entry_points(group=COMMANDS):
         entry.load()(commands)
     return parser
@@ -118,6 +119,30 @@ def _run_data_fetch(args: argparse.Namespace) -> None:
     print(
         f"{sum(rows.values()):,} rows in {len(rows)} files in {args.to}; manifest.json says where from. {LICENCE_NOTE}"
     )
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "compare",
+        "draw results of `perft eval` against activated-parameter efficiency",
+        "The paper's figure 4 from results of `perft eval`, as a table, a PNG and one HTML file.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of `perft eval`")
+    parser.add_argument("--output", metavar="DIR", help="write comparison.png and comparison.html here")
+    parser.set_defaults(run=_run_compare)
+
+
+def _run_compare(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from perft.compare import gather, render, write_comparison
+
+    overview = gather(args.runs)
+    Console().print(render(overview))
+    if args.output is not None:
+        for path in write_comparison(overview, args.output):
+            print(f"wrote {path}")
 
 
 def _add_import(commands: Any) -> None:
