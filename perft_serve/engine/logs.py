@@ -18,8 +18,8 @@ LogFormat = Literal["text", "json"]
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The HTTP request that the present task answers."""
 
-# What every record has; the rest is what its caller gave as `extra`.
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+# What every record has, and uvicorn's message once more with colours; the rest is what its caller gave as `extra`.
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _PLAIN = re.compile(r"[^\s\"=]+")
 
 

@@ -29,6 +29,7 @@ def test_text() -> None:
     line = TextFormatter().format(record("%d things", 3, adapter="a", path="/x y", nothing=None, seconds=0.5))
     assert line == 'WARNING: perft_serve.test: 3 things adapter=a path="/x y" seconds=0.5'
     assert "\n" not in TextFormatter().format(record("it", path="/a\nERROR: forged"))
+    assert TextFormatter().format(record("up", color_message="\x1b[1mup")) == "WARNING: perft_serve.test: up"
 
 
 def test_json() -> None:
