@@ -68,14 +68,14 @@ class Adapter:
         config: its configuration, as it was written.
         layers: its tensors by decoder layer.
         digest: sha256 (hex) over what it computes: the configuration's meaning and every tensor's bytes.
-        rows_SD: all its tensors as rows in one piece, down and up of each layer in turn, then all gates; `None` if they have
-            more than one dtype. Those in `layers` are views of it.
+        pieces: all that it holds, down and up of each layer in turn, then all gates: one tensor of which those in `layers` are
+            views, or, if they have more than one dtype, each of them.
     """
 
     config: PerftConfig
     layers: dict[int, LayerTensors]
     digest: str
-    rows_SD: Tensor | None
+    pieces: tuple[Tensor, ...]
 
     @property
     def num_experts(self) -> int:
@@ -172,12 +172,12 @@ def read_adapter(path: str | Path, blocks: Sequence[MoeBlock] | None = None) -> 
         for (layer, kind), tensor in tensors.items()
         if kind == _DOWN
     }
-    hidden_size = next(iter(tensors.values())).shape[-1]
+    pieces = tuple(flats if len(flats) == 1 else tensors.values())
     return Adapter(
         config=config,
         layers=layers,
-        digest=_digest(config, flats, tensors),
-        rows_SD=flats[0].view(-1, hidden_size) if len(flats) == 1 else None,
+        digest=_digest(config, tensors, pieces),
+        pieces=pieces,
     )
 
 
@@ -234,7 +234,7 @@ def write_adapter(
 def _sort_tensors(
     found: Mapping[str, TensorInfo], config: PerftConfig, blocks: Sequence[MoeBlock] | None
 ) -> dict[_Place, str]:
-    """The names of a file's tensors by their places, in the order of `Adapter.rows_SD`, every one accounted for."""
+    """The names of a file's tensors by their places, in the order of `Adapter.pieces`, every one accounted for."""
     by_path: dict[str, dict[str, str]] = {}
     left_over = []
     for key in found:
@@ -352,11 +352,11 @@ def _shape_hint(config: PerftConfig) -> str:
     return f" ({first}, r={config.r}, hidden size of the base): is the adapter for another base?"
 
 
-def _digest(config: PerftConfig, flats: Sequence[Tensor], tensors: Mapping[_Place, Tensor]) -> str:
+def _digest(config: PerftConfig, tensors: Mapping[_Place, Tensor], pieces: Sequence[Tensor]) -> str:
     identity = {name: getattr(config, name) for name in _IDENTITY_FIELDS}  # as written, whatever the base makes of it
     form = [[layer, kind, str(tensor.dtype), list(tensor.shape)] for (layer, kind), tensor in tensors.items()]
     digest = hashlib.sha256(json.dumps([identity, form], sort_keys=True).encode())
-    for piece in flats if len(flats) == 1 else tensors.values():
+    for piece in pieces:
         digest.update(piece.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

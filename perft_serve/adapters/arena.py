@@ -267,10 +267,10 @@ class AdapterArena:
         """
         ordinals = tuple(l for l, block in enumerate(self.blocks) if block.layer in adapter.layers)
         hidden_size, dtype = self.rows_SD.shape[1], self.rows_SD.dtype
-        pieces = [adapter.rows_SD] if adapter.rows_SD is not None else _in_order(adapter)
+        pieces = adapter.pieces
         with torch.inference_mode(False):
             if len(pieces) == 1 and pieces[0].dtype == dtype and self.device.type != "cuda":
-                rows_SD = pieces[0]
+                rows_SD = pieces[0].view(-1, hidden_size)
             else:
                 rows_SD = torch.empty(
                     sum(piece.numel() for piece in pieces) // hidden_size,
@@ -469,13 +469,6 @@ class AdapterArena:
             self.rule_A6 = _grown(self.rule_A6, 0, 2 * slot, 0)
             self.gate_row_LA = _grown(self.gate_row_LA, 1, 2 * slot, -1)
         return slot
-
-
-def _in_order(adapter: Adapter) -> list[Tensor]:
-    """Its tensors in the order of the rows that it is staged as."""
-    layers = [adapter.layers[layer] for layer in sorted(adapter.layers)]
-    tensors = [tensor for layer in layers for tensor in (layer.down_MRD, layer.up_MRD)]
-    return tensors + [layer.gate_MD for layer in layers if layer.gate_MD is not None]
 
 
 def _pieces(staged: StagedAdapter) -> list[tuple[int, int]]:

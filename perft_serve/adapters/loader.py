@@ -64,15 +64,6 @@ class Loaded:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Load:
-    """A load under way."""
-
-    source: str
-    thread: threading.Thread
-    started: float
-
-
 class _Task:
     """What a loader's thread does, and for which load. It may begin before that load is asked for."""
 
@@ -108,7 +99,7 @@ class Loader:
         self._max_bytes = max_bytes
         self._results: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self._reading = threading.Semaphore(_MAX_READING)
-        self._loads: dict[int, _Load] = {}  # those that are not taken yet, in the order in which they were started
+        self._loads: dict[int, _Task] = {}  # those that are not taken yet, in the order in which they were started
         self._given_up: dict[int, threading.Thread] = {}
         self._lock = threading.Lock()  # of `_ahead`, the tasks' numbers and ends, and torch's number of threads
         self._ahead: _Task | None = None  # what was read ahead last
@@ -123,7 +114,7 @@ class Loader:
 
     def has_slot(self, remote: bool) -> bool:
         """Whether another load of a remote source, or of a local folder, may be started."""
-        return sum(is_remote(load.source) == remote for load in self._loads.values()) < MAX_LOADS
+        return sum(is_remote(load.ref.source) == remote for load in self._loads.values()) < MAX_LOADS
 
     @property
     def has_results(self) -> bool:
@@ -138,7 +129,7 @@ class Loader:
             if task is not None and task.ref == ref and not self._is_stale(task):
                 self._ahead = None
                 task.number = number
-                self._keep(task, number)
+                self._loads[number] = task
                 if task.ended is not None:
                     self._deliver(task)
             elif not self._begin(_Task(ref, number)):
@@ -174,7 +165,7 @@ class Loader:
             self._given_up[number] = load.thread
             seconds = time.monotonic() - load.started
             error = f"reading it from its source was given up after {seconds:.0f} seconds"
-            _logger.warning("cannot load the adapter at %r: %s", load.source, error)
+            _logger.warning("cannot load the adapter at %r: %s", load.ref.source, error)
             results.append(Loaded(number=number, staged=None, error=error, seconds=seconds))
         if not self._loads and not self._given_up and self._ahead is None:
             atexit.unregister(self.close)
@@ -240,7 +231,7 @@ class Loader:
         num_threads = torch.get_num_threads()
         task.thread = threading.Thread(target=self._run, args=(task,), name="adapter-load", daemon=True)
         if task.number is not None:
-            self._keep(task, task.number)
+            self._loads[task.number] = task
         try:
             task.thread.start()
         except RuntimeError:
@@ -252,9 +243,6 @@ class Loader:
 
     def _is_stale(self, task: _Task) -> bool:
         return task.ended is not None and time.monotonic() - task.started >= AHEAD_SECONDS
-
-    def _keep(self, task: _Task, number: int) -> None:
-        self._loads[number] = _Load(source=task.ref.source, thread=task.thread, started=task.started)
 
     def _deliver(self, task: _Task) -> None:
         assert task.ended is not None

@@ -6,8 +6,6 @@ The loads are done in the test's own thread, when an example says so, and thus e
 from __future__ import annotations
 
 import random
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,7 +19,7 @@ from perft.errors import AdapterError
 from perft_serve.adapters import tiers as tiers_module
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.adapters.catalog import AdapterRef
-from perft_serve.adapters.loader import Loaded, Loader, _Load
+from perft_serve.adapters.loader import Loaded, Loader, _Task
 from perft_serve.adapters.status import AdapterStatus, Lease
 from perft_serve.adapters.store import AdapterStore
 
@@ -42,7 +40,7 @@ class SteppedLoader(Loader):
 
     def start(self, number: int, ref: AdapterRef) -> None:
         assert self.has_slot(remote=False)
-        self._loads[number] = _Load(source="/", thread=threading.current_thread(), started=time.monotonic())
+        self._loads[number] = _Task(ref, number)
         self._started.append((number, ref.source))
 
     def finish(self, which: int) -> None:
