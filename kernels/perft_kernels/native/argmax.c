@@ -5,18 +5,18 @@ static void argmax(const float *x, int64_t *ids, int64_t B, int64_t V) {
 #pragma omp parallel for schedule(static) if (B > 1)
   for (int64_t b = 0; b < B; b++) {
     const float *row = x + b * V;
-    f32x16 most = {0};
-    u32x16 is_nan = {0};
+    f32xN most = {0};
+    u32xN is_nan = {0};
     most += -INFINITY;
     int64_t v = 0;
-    for (; v + 16 <= V; v += 16) {
-      const f32x16 y = *(const f32x16_any *)(row + v);
-      is_nan |= (u32x16)(y != y);
-      most = select16((u32x16)(y > most), y, most);
+    for (; v + LANES <= V; v += LANES) {
+      const f32xN y = *(const f32xN_any *)(row + v);
+      is_nan |= (u32xN)(y != y);
+      most = selectN((u32xN)(y > most), y, most);
     }
     float highest = -INFINITY;
     int nan = 0;
-    for (int j = 0; j < 16; j++) {
+    for (int j = 0; j < LANES; j++) {
       highest = most[j] > highest ? most[j] : highest;
       nan |= is_nan[j] != 0;
     }

@@ -13,7 +13,7 @@ enum { I64 = 2 }; /* an element type that only inputs have */
 /* Below so many numbers, a second thread costs more than it saves. */
 #define PARALLEL_WORK 8192
 
-INLINE f32x16 apply16(const int op, f32x16 a, f32x16 b) {
+INLINE f32xN applyN(const int op, f32xN a, f32xN b) {
   return op == COPY ? a : op == NEGATE ? -a : op == ADD ? a + b : op == SUBTRACT ? a - b : a * b;
 }
 
@@ -25,8 +25,8 @@ INLINE float element(const void *base, int64_t i, const int type) {
   return type == I64 ? (float)((const int64_t *)base)[i] : load(base, i, type);
 }
 
-INLINE f32x16 elements16(const void *base, int64_t i, int64_t stride, const int type) {
-  return stride == 0 ? (f32x16){0} + load(base, i, type) : load16(base, i, type);
+INLINE f32xN elementsN(const void *base, int64_t i, int64_t stride, const int type) {
+  return stride == 0 ? (f32xN){0} + load(base, i, type) : loadN(base, i, type);
 }
 
 typedef struct {
@@ -40,9 +40,9 @@ INLINE void row(const int op, const int out, const int a, const int b, const ope
   const int64_t length = x->size[DIMS - 1];
   int64_t i = 0;
   if (so == 1 && (sa | sb) <= 1 && a != I64 && b != I64)
-    for (; i + 16 <= length; i += 16)
-      store16(x->base[0], at[0] + i, out,
-              apply16(op, elements16(x->base[1], at[1] + i * sa, sa, a), elements16(x->base[2], at[2] + i * sb, sb, b)));
+    for (; i + LANES <= length; i += LANES)
+      storeN(x->base[0], at[0] + i, out,
+              applyN(op, elementsN(x->base[1], at[1] + i * sa, sa, a), elementsN(x->base[2], at[2] + i * sb, sb, b)));
   for (; i < length; i++) {
     const float value = apply(op, element(x->base[1], at[1] + i * sa, a), element(x->base[2], at[2] + i * sb, b));
     if (out == BF16)

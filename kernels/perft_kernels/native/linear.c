@@ -13,8 +13,8 @@ static void linear(const bf16 *x, const bf16 *panels, const bf16 *bias, void *y,
       panel_dots(nt, rows, panels + p * PANEL * K, K, out);
       for (int t = 0; t < nt; t++)
         if (width == PANEL && !bias && y_type == BF16) {
-          for (int64_t j = 0; j < PANEL; j += 16)
-            store16(y, (first + t) * N + p * PANEL + j, BF16, *(f32x16_any *)(out[t] + j));
+          for (int64_t j = 0; j < PANEL; j += LANES)
+            storeN(y, (first + t) * N + p * PANEL + j, BF16, *(f32xN_any *)(out[t] + j));
         } else
           for (int64_t j = 0; j < width; j++) {
           const int64_t n = p * PANEL + j, at = (first + t) * N + n;

@@ -56,12 +56,12 @@ static int moe_experts(const bf16 *h, const int64_t *ids, const float *weights, 
         panel_dots(nt, rows, gate_panel, D, gate);
         panel_dots(nt, rows, up_panel, D, up);
         for (int t = 0; t < nt; t++) {
-          for (int64_t j = 0; j < PANEL; j += 16) {
-            f32x16_any *g = (f32x16_any *)(gate[t] + j);
-            *g = silu16(*g) * *(f32x16_any *)(up[t] + j);
+          for (int64_t j = 0; j < PANEL; j += LANES) {
+            f32xN_any *g = (f32xN_any *)(gate[t] + j);
+            *g = siluN(*g) * *(f32xN_any *)(up[t] + j);
           }
           if (width == PANEL)
-            for (int64_t j = 0; j < PANEL; j += 16) store16(a, (i + t) * I + p * PANEL + j, BF16, *(f32x16_any *)(gate[t] + j));
+            for (int64_t j = 0; j < PANEL; j += LANES) storeN(a, (i + t) * I + p * PANEL + j, BF16, *(f32xN_any *)(gate[t] + j));
           else
             for (int64_t j = 0; j < width; j++) a[(i + t) * I + p * PANEL + j] = bf16_of(gate[t][j]);
         }
@@ -82,11 +82,11 @@ static int moe_experts(const bf16 *h, const int64_t *ids, const float *weights, 
     }
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < T; t++)
-      for (int64_t d = 0; d < D; d += 16) {
-        f32x16 sum = {0};
+      for (int64_t d = 0; d < D; d += LANES) {
+        f32xN sum = {0};
         for (int64_t k = t * K; k < (t + 1) * K; k++)
-          if (place[k] >= 0) sum += weights[k] * *(f32x16_any *)(out + place[k] * Dp + d);
-        store16(y, t * D + d, BF16, sum);
+          if (place[k] >= 0) sum += weights[k] * *(f32xN_any *)(out + place[k] * Dp + d);
+        storeN(y, t * D + d, BF16, sum);
       }
   }
   free(first);

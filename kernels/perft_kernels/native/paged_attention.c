@@ -1,6 +1,6 @@
 /* perft_kv_write and perft_paged_attention. Contract: perft_kernels/paged_attention.py.
  *
- * One task per (new token, KV head): its scores over the context, sixteen keys at a time, softmax, the weighted sum of the
+ * One task per (new token, KV head): its scores over the context, a vector of keys at a time, softmax, the weighted sum of the
  * values, for the query heads that share the KV head. Keys and values are read in the pages where they lie.
  */
 #include "common.h"
@@ -52,42 +52,42 @@ INLINE int64_t next_row(walk *w) {
   return row;
 }
 
-/* Dot products of a query with 16 keys; each an address of C numbers. */
-INLINE f32x16 dot_keys(const char *q, const char *const *key, int64_t C, const int type) {
-  f32x16 acc[16];
+/* Dot products of a query with as many keys as a vector has lanes; each an address of C numbers. */
+INLINE f32xN dot_keys(const char *q, const char *const *key, int64_t C, const int type) {
+  f32xN acc[LANES];
 #pragma GCC unroll 16
-  for (int s = 0; s < 16; s++) acc[s] = (f32x16){0};
+  for (int s = 0; s < LANES; s++) acc[s] = (f32xN){0};
   int64_t c = 0;
 #ifdef __AVX512BF16__
   if (type == BF16)
     for (; c + 32 <= C; c += 32) {
       const __m512bh x = (__m512bh)_mm512_loadu_si512(q + 2 * c);
 #pragma GCC unroll 16
-      for (int s = 0; s < 16; s++)
-        acc[s] = (f32x16)_mm512_dpbf16_ps((__m512)acc[s], (__m512bh)_mm512_loadu_si512(key[s] + 2 * c), x);
+      for (int s = 0; s < LANES; s++)
+        acc[s] = (f32xN)_mm512_dpbf16_ps((__m512)acc[s], (__m512bh)_mm512_loadu_si512(key[s] + 2 * c), x);
     }
 #endif
-  for (; c < C; c += 16) {
-    const f32x16 x = load16(q, c, type);
+  for (; c < C; c += LANES) {
+    const f32xN x = loadN(q, c, type);
 #pragma GCC unroll 16
-    for (int s = 0; s < 16; s++) acc[s] += x * load16(key[s], c, type);
+    for (int s = 0; s < LANES; s++) acc[s] += x * loadN(key[s], c, type);
   }
-  return sums16(acc);
+  return sumsN(acc);
 }
 
 /* out[i] += score[i][s] * v[s] over `length` rows, for `nq` heads and `chunks` vectors from column `c` on; then / total[i]. */
 INLINE void add_values(const attention *a, const int type, const int nq, const int chunks, walk w, int64_t length, int64_t g,
                        int64_t c, const float *scores, int64_t stride, const float *total, int64_t to) {
-  f32x16 acc[MAX_GROUP][4];
+  f32xN acc[MAX_GROUP][4];
 #pragma GCC unroll 8
   for (int i = 0; i < nq; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < chunks; j++) acc[i][j] = (f32x16){0};
+    for (int j = 0; j < chunks; j++) acc[i][j] = (f32xN){0};
   for (int64_t s = 0; s < length; s++) {
     const int64_t row = next_row(&w) * a->v_row + g * a->Cv + c;
 #pragma GCC unroll 4
     for (int j = 0; j < chunks; j++) {
-      const f32x16 v = load16(a->v_pages, row + 16 * j, type);
+      const f32xN v = loadN(a->v_pages, row + LANES * j, type);
 #pragma GCC unroll 8
       for (int i = 0; i < nq; i++) acc[i][j] += v * scores[i * stride + s];
     }
@@ -95,52 +95,52 @@ INLINE void add_values(const attention *a, const int type, const int nq, const i
 #pragma GCC unroll 8
   for (int i = 0; i < nq; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < chunks; j++) store16(a->out, to + i * a->Cv + c + 16 * j, type, acc[i][j] / total[i]);
+    for (int j = 0; j < chunks; j++) storeN(a->out, to + i * a->Cv + c + LANES * j, type, acc[i][j] / total[i]);
 }
 
 /* `nq` query heads of one token at `position` of sequence `b`, from head `first` on; all read KV head `g`. */
 INLINE void attend(const attention *a, const int type, const int nq, int64_t t, int64_t b, int64_t g, int64_t first,
                    int64_t position, float *scores) {
   const int64_t from = a->window && position + 1 > a->window ? position + 1 - a->window : 0, length = position + 1 - from;
-  const int64_t stride = (length + 15) / 16 * 16, size = size_of(type);
+  const int64_t stride = (length + LANES - 1) / LANES * LANES, size = size_of(type);
   const walk begin = walk_from(a, b, from);
-  f32x16 most[MAX_GROUP];
+  f32xN most[MAX_GROUP];
   float total[MAX_GROUP];
 #pragma GCC unroll 8
-  for (int i = 0; i < nq; i++) most[i] = (f32x16){0} + (a->sinks ? a->sinks[first + i] : -INFINITY);
+  for (int i = 0; i < nq; i++) most[i] = (f32xN){0} + (a->sinks ? a->sinks[first + i] : -INFINITY);
   walk w = begin;
-  for (int64_t s = 0; s < length; s += 16) {
-    const char *key[16];
-    for (int j = 0; j < 16; j++) /* past the end the last one again, whose scores are not used */
+  for (int64_t s = 0; s < length; s += LANES) {
+    const char *key[LANES];
+    for (int j = 0; j < LANES; j++) /* past the end the last one again, whose scores are not used */
       key[j] = s + j < length ? (const char *)a->k_pages + (next_row(&w) * a->k_row + g * a->C) * size : key[j - 1];
     for (int i = 0; i < nq; i++) {
       const char *q = (const char *)a->q + (t * a->q_token + (first + i) * a->q_head) * size;
-      f32x16 score = dot_keys(q, key, a->C, type) * a->scale;
-      for (int64_t j = length - s; j < 16; j++) score[j] = -INFINITY;
-      *(f32x16_any *)(scores + i * stride + s) = score;
-      const u32x16 higher = (u32x16)(score > most[i]) | (u32x16)(score != score); /* NaN goes on: the result is NaN */
-      most[i] = select16(higher, score, most[i]);
+      f32xN score = dot_keys(q, key, a->C, type) * a->scale;
+      for (int64_t j = length - s; j < LANES; j++) score[j] = -INFINITY;
+      *(f32xN_any *)(scores + i * stride + s) = score;
+      const u32xN higher = (u32xN)(score > most[i]) | (u32xN)(score != score); /* NaN goes on: the result is NaN */
+      most[i] = selectN(higher, score, most[i]);
     }
   }
   for (int i = 0; i < nq; i++) {
     float highest = most[i][0];
-    for (int j = 1; j < 16; j++) highest = most[i][j] > highest || most[i][j] != most[i][j] ? most[i][j] : highest;
-    f32x16 sum = {0};
+    for (int j = 1; j < LANES; j++) highest = most[i][j] > highest || most[i][j] != most[i][j] ? most[i][j] : highest;
+    f32xN sum = {0};
     float *score = scores + i * stride;
-    for (int64_t s = 0; s < stride; s += 16) {
-      f32x16 e = exp16(*(f32x16_any *)(score + s) - highest);
-      for (int64_t j = length - s; j < 16; j++) e[j] = 0.0f;
-      *(f32x16_any *)(score + s) = e;
+    for (int64_t s = 0; s < stride; s += LANES) {
+      f32xN e = expN(*(f32xN_any *)(score + s) - highest);
+      for (int64_t j = length - s; j < LANES; j++) e[j] = 0.0f;
+      *(f32xN_any *)(score + s) = e;
       sum += e;
     }
-    total[i] = sum16(sum) + (a->sinks ? expf(a->sinks[first + i] - highest) : 0.0f);
+    total[i] = sumN(sum) + (a->sinks ? expf(a->sinks[first + i] - highest) : 0.0f);
   }
   const int64_t to = (t * a->H + first) * a->Cv;
-  const int chunks = nq <= 4 ? 4 : 2; /* as many sums at once as there are registers */
+  const int chunks = MAX_SUMS / nq < 4 ? MAX_SUMS / nq : 4;
   int64_t c = 0;
-  for (; c + 16 * chunks <= a->Cv; c += 16 * chunks)
+  for (; c + LANES * chunks <= a->Cv; c += LANES * chunks)
     add_values(a, type, nq, chunks, begin, length, g, c, scores, stride, total, to);
-  for (; c < a->Cv; c += 16) add_values(a, type, nq, 1, begin, length, g, c, scores, stride, total, to);
+  for (; c < a->Cv; c += LANES) add_values(a, type, nq, 1, begin, length, g, c, scores, stride, total, to);
 }
 
 /* seq [T]: the sequence of each new token, -1: leave it out; position [T]: where it stands in its sequence. */
@@ -156,7 +156,7 @@ static int paged_attention(const void *q, int64_t q_token, int64_t q_head, const
   for (int64_t t = 0; t < T; t++)
     for (int64_t g = 0; g < G; g++) {
       if (seq[t] < 0) continue;
-      float *scores = malloc((size_t)(position[t] + 16) * MIN(group, MAX_GROUP) * sizeof *scores);
+      float *scores = malloc((size_t)(position[t] + LANES) * MIN(group, MAX_GROUP) * sizeof *scores);
       if (!scores) {
         failed = 1;
         continue;

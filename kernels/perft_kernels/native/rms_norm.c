@@ -4,15 +4,15 @@
 static void rms_norm(const bf16 *x, const bf16 *weight, bf16 *y, int64_t T, int64_t D, float epsilon) {
 #pragma omp parallel for schedule(static) if (T * D > 16384)
   for (int64_t t = 0; t < T; t++) {
-    f32x16 squares = {0};
-    for (int64_t d = 0; d < D; d += 16) {
-      const f32x16 v = load16(x, t * D + d, BF16);
+    f32xN squares = {0};
+    for (int64_t d = 0; d < D; d += LANES) {
+      const f32xN v = loadN(x, t * D + d, BF16);
       squares += v * v;
     }
-    const float factor = 1.0f / sqrtf(sum16(squares) / (float)D + epsilon);
-    for (int64_t d = 0; d < D; d += 16) {
-      store16(y, t * D + d, BF16, load16(x, t * D + d, BF16) * factor); /* rounded once here, as the model does */
-      store16(y, t * D + d, BF16, load16(y, t * D + d, BF16) * load16(weight, d, BF16));
+    const float factor = 1.0f / sqrtf(sumN(squares) / (float)D + epsilon);
+    for (int64_t d = 0; d < D; d += LANES) {
+      storeN(y, t * D + d, BF16, loadN(x, t * D + d, BF16) * factor); /* rounded once here, as the model does */
+      storeN(y, t * D + d, BF16, loadN(y, t * D + d, BF16) * loadN(weight, d, BF16));
     }
   }
 }

@@ -66,24 +66,24 @@ INLINE void add_rows(const void *pool, int64_t first_row, int64_t ahead_row, int
                      const float *coefficient, float *sum) {
   const char *ahead = (const char *)pool + ahead_row * D * size_of(type);
   int64_t d = 0;
-  for (; d + 64 <= D; d += 64) {
-    f32x16 acc[4];
+  for (; d + 4 * LANES <= D; d += 4 * LANES) {
+    f32xN acc[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) acc[j] = *(f32x16_any *)(sum + d + 16 * j);
+    for (int j = 0; j < 4; j++) acc[j] = *(f32xN_any *)(sum + d + LANES * j);
     for (int64_t r = 0; r < num_rows; r++) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
-        if (j % (type == BF16 ? 2 : 1) == 0) __builtin_prefetch(ahead + (r * D + d + 16 * j) * size_of(type), 0, 2);
-        acc[j] += coefficient[r] * load16(pool, (first_row + r) * D + d + 16 * j, type);
+        if (LANES * j * size_of(type) % 64 == 0) __builtin_prefetch(ahead + (r * D + d + LANES * j) * size_of(type), 0, 2);
+        acc[j] += coefficient[r] * loadN(pool, (first_row + r) * D + d + LANES * j, type);
       }
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) *(f32x16_any *)(sum + d + 16 * j) = acc[j];
+    for (int j = 0; j < 4; j++) *(f32xN_any *)(sum + d + LANES * j) = acc[j];
   }
-  for (; d < D; d += 16) {
-    f32x16 acc = *(f32x16_any *)(sum + d);
-    for (int64_t r = 0; r < num_rows; r++) acc += coefficient[r] * load16(pool, (first_row + r) * D + d, type);
-    *(f32x16_any *)(sum + d) = acc;
+  for (; d < D; d += LANES) {
+    f32xN acc = *(f32xN_any *)(sum + d);
+    for (int64_t r = 0; r < num_rows; r++) acc += coefficient[r] * loadN(pool, (first_row + r) * D + d, type);
+    *(f32xN_any *)(sum + d) = acc;
   }
 }
 
@@ -132,7 +132,7 @@ INLINE void add_units(const plan *p, const operands *o, int64_t t, int64_t ahead
       add_rows(o->up, o->up_row[o->ids[i]], o->up_row[next], o->rank[o->ids[i]], o->D, pool_type, p->coefficient + p->start[i],
                sum);
     }
-  for (int64_t d = 0; d < o->D; d += 16) store16(o->out, t * o->D + d, type, *(f32x16_any *)(sum + d));
+  for (int64_t d = 0; d < o->D; d += LANES) storeN(o->out, t * o->D + d, type, *(f32xN_any *)(sum + d));
 }
 
 INLINE void prefetch_units(const plan *p, const operands *o, int64_t t, int pool_type) {
