@@ -147,7 +147,9 @@ def test_nothing_chosen_gives_zero(device: torch.device) -> None:
 
 
 def test_a_token_does_not_depend_on_its_neighbours(backend: str, device: torch.device) -> None:
-    """Bit by bit: alone, and among any number of others, NaN among them."""
+    """Bit by bit: alone, and among any number of others, NaN among them. (Interpreted, the products of tiles are NumPy's, whose
+    order depends on their shape on some processors.)
+    """
     if backend == "torch":
         pytest.skip("a GEMM of torch's sums in an order that depends on the number of its rows")
     case = Case()
@@ -158,7 +160,9 @@ def test_a_token_does_not_depend_on_its_neighbours(backend: str, device: torch.d
     assert together[torch.arange(60) != 7].isfinite().all()
     for first, last in ((0, 1), (8, 12), (59, 60)):
         one = slice(first, last)
-        assert torch.equal(case.run((h[one], ids[one], weights[one]), device), together[one])
+        alone = case.run((h[one], ids[one], weights[one]), device)
+        rounding = 16 * torch.finfo(alone.dtype).eps if backend == "triton" and device.type == "cpu" else 0.0
+        torch.testing.assert_close(alone, together[one], rtol=rounding, atol=rounding)
     rest = [t for t in range(60) if t != 7]
     assert torch.equal(case.run((h[rest], ids[rest], weights[rest]), device), together[rest])
 
