@@ -39,7 +39,7 @@ _DOWN, _UP, _GATE = "perft_down", "perft_up", "perft_gate"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?:base_model\.model\.)?(?P<path>.+)\.(?P<kind>perft_down|perft_up|perft_gate)$")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # fields of the configuration that change what the adapter computes: they are part of its identity
 _IDENTITY_FIELDS = ("variant", "r", "unit", "alpha", "num_experts", "top_k", "norm_topk", "combine")
 
@@ -98,11 +98,11 @@ class Adapter:
         return sum(t.nbytes for layer in self.layers.values() for t in layer.named().values())
 
 
-def read_config(path: str | Path) -> PerftConfig:
-    """The configuration of the adapter in folder `path`; reads no tensor.
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """What `adapter_config.json` of the adapter in folder `path` holds, of whatever method of PEFT.
 
     Raises:
-        AdapterError: the folder or the file is missing or not a PERFT adapter's.
+        AdapterError: the folder or the file is missing or not an adapter's.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -121,9 +121,22 @@ def read_config(path: str | Path) -> PerftConfig:
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AdapterError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("peft_type") != "PERFT":
-        kind = fields.get("peft_type") if isinstance(fields, dict) else None
-        raise AdapterError(f"{file}: peft_type is {kind!r}, not 'PERFT'; only PERFT adapters can be used here")
+    if not isinstance(fields, dict):
+        raise AdapterError(f"{file}: peft_type is None, since it is not a mapping of fields")
+    return fields
+
+
+def read_config(path: str | Path) -> PerftConfig:
+    """The configuration of the PERFT adapter in folder `path`; reads no tensor.
+
+    Raises:
+        AdapterError: the folder or the file is missing or not a PERFT adapter's.
+    """
+    fields, file = read_fields(path), Path(path) / CONFIG_FILE
+    if fields.get("peft_type") != "PERFT":
+        raise AdapterError(
+            f"{file}: peft_type is {fields.get('peft_type')!r}, not 'PERFT'; only PERFT adapters and LoRAs can be used here"
+        )
     known = set(PerftConfig.__dataclass_fields__) - {"target_modules"}
     unknown = sorted(set(fields) - known)
     if unknown:
@@ -146,16 +159,7 @@ def read_adapter(path: str | Path, blocks: Sequence[MoeBlock] | None = None) -> 
         AdapterError: anything about it is missing, left over, misshapen, not finite, or does not fit the base.
     """
     config = read_config(path)
-    file = Path(path) / WEIGHTS_FILE
-    if not file.is_file():
-        pickles = pickled_files(Path(path))
-        reason = (
-            f"{', '.join(pickles)}: pickled weights can run code when they are read and are never loaded; save the adapter "
-            "again with safe_serialization=True"
-            if pickles
-            else "the file does not exist"
-        )
-        raise AdapterError(f"no {WEIGHTS_FILE} in {str(path)!r}: {reason}")
+    file = weights_file(path)
     try:
         with file.open("rb", buffering=0) as opened:
             found = read_header(opened)
@@ -179,6 +183,25 @@ def read_adapter(path: str | Path, blocks: Sequence[MoeBlock] | None = None) -> 
         digest=_digest(config, tensors, pieces),
         pieces=pieces,
     )
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file of weights of the adapter in folder `path`.
+
+    Raises:
+        AdapterError: there is none.
+    """
+    file = Path(path) / WEIGHTS_FILE
+    if not file.is_file():
+        pickles = pickled_files(Path(path))
+        reason = (
+            f"{', '.join(pickles)}: pickled weights can run code when they are read and are never loaded; save the adapter "
+            "again with safe_serialization=True"
+            if pickles
+            else "the file does not exist"
+        )
+        raise AdapterError(f"no {WEIGHTS_FILE} in {str(path)!r}: {reason}")
+    return file
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -321,7 +344,7 @@ def _check_layer(config: PerftConfig, block: MoeBlock, tensors: Mapping[str, Ten
     for kind, tensor in tensors.items():
         if kind not in shapes:
             raise AdapterError(f"tensor {block.name}.{kind} does not belong to variant {config.variant}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise AdapterError(f"tensor {block.name}.{kind} is {tensor.dtype}; float32, bfloat16 or float16 is needed")
 
 

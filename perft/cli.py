@@ -18,7 +18,7 @@ from importlib.metadata import entry_points, version
 from typing import Any
 
 from perft.errors import PerftError
-from perft.recipe import RecipeField, build_configs, load_recipe, recipe_fields
+from perft.recipe import RecipeField, TrainConfig, build_configs, load_recipe, recipe_fields
 
 COMMANDS = "perft.commands"
 """Entry points that add commands of packages above this one: functions that take what `add_subparsers` returned."""
@@ -227,13 +227,12 @@ def _add_train(commands: Any) -> None:
     action.add_argument(
         "--overwrite", action="store_true", help="delete the earlier run in the output folder and start anew"
     )
-    groups: dict[type, Any] = {}
+    groups = {
+        title: parser.add_argument_group(title, argument_default=argparse.SUPPRESS)
+        for title in ("training", "the adapter")
+    }
     for recipe_field in recipe_fields():
-        if recipe_field.owner not in groups:
-            groups[recipe_field.owner] = parser.add_argument_group(
-                "the adapter" if groups else "training", argument_default=argparse.SUPPRESS
-            )
-        _add_field(groups[recipe_field.owner], recipe_field)
+        _add_field(groups["training" if recipe_field.owner is TrainConfig else "the adapter"], recipe_field)
     parser.set_defaults(run=_run_train)
 
 
@@ -306,6 +305,7 @@ def _add_field(group: Any, recipe_field: RecipeField) -> None:
 
 
 def _run_train(args: argparse.Namespace) -> None:
+    from perft.provenance import method_name
     from perft.train import require_train_extra, train
 
     require_train_extra()
@@ -315,7 +315,7 @@ def _run_train(args: argparse.Namespace) -> None:
     config, adapter = build_configs(values)
     finished = train(config, adapter, resume=args.resume, overwrite=args.overwrite)
     print(
-        f"trained PERFT-{finished.config.variant}: {finished.num_parameters:,} parameters, {finished.num_bytes:,} bytes "
+        f"trained {method_name(finished)}: {finished.num_parameters:,} parameters, {finished.num_bytes:,} bytes "
         f"-> {config.output}"
     )
 

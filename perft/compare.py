@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's, which the colour-blind can tell apart
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = ("o", "s", "^", "D")
-_VARIANTS = "RESD"
+_VARIANTS = "RESDL"  # by their first letters
 _SAME = ("mode", "num_beams", "max_new_tokens", "limit", "seed", "dtype")
 
 
@@ -251,9 +251,14 @@ def _check_alike(first_name: str, first: Mapping[str, Any], name: str, results: 
 
 def _point(run: str, name: str, report: Mapping[str, Any], score: Score, tasks: dict[str, Score]) -> Point:
     variant, num_experts, top_k = report["variant"], report["num_experts"], report["top_k"]
-    method = {"R": f"R {top_k}/{num_experts}", "E": f"E {top_k}/{num_experts}", "D": f"D {num_experts}", "S": "S"}[
-        variant
-    ]
+    targets = ", ".join(target.removesuffix("_proj") for target in report.get("targets") or ())
+    method = {
+        "R": f"R {top_k}/{num_experts}",
+        "E": f"E {top_k}/{num_experts}",
+        "D": f"D {num_experts}",
+        "S": "S",
+        "LoRA": f"LoRA {targets}",
+    }[variant]
     if report["unit"] != "lora":
         method += f" {report['unit']}"
     return Point(

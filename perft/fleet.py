@@ -33,6 +33,7 @@ from perft.config import PerftConfig
 from perft.data import PaddingCollator
 from perft.errors import PerftError
 from perft.layer import AdapterTokens, MixedBatch, PerftLayer, RandomStream, RouterTrace
+from perft.lora import LoraRecipe
 from perft.losses import RouterHealth, router_load_balancing_loss
 from perft.model import resolve_config, share_of_batch
 from perft.moe import MoeBlock, find_moe_blocks
@@ -96,7 +97,7 @@ class Member:
 
 
 def train_many(
-    recipes: Sequence[tuple[str, TrainConfig, PerftConfig]],
+    recipes: Sequence[tuple[str, TrainConfig, PerftConfig | LoraRecipe]],
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -136,6 +137,8 @@ def train_many(
     members = []
     for label, config, adapter in recipes:
         try:
+            if isinstance(adapter, LoraRecipe):
+                raise PerftError("method=lora is for `perft train`; many adapters at once are PERFT's")
             member = Member(
                 label=label, config=config, adapter=copy.deepcopy(adapter), record=describe_run(config, adapter)
             )
@@ -646,7 +649,7 @@ def _fail(member: Member, reason: str) -> None:
     member.state, member.reason = "failed", reason
 
 
-def _check_recipes(recipes: Sequence[tuple[str, TrainConfig, PerftConfig]]) -> None:
+def _check_recipes(recipes: Sequence[tuple[str, TrainConfig, PerftConfig | LoraRecipe]]) -> None:
     if not recipes:
         raise PerftError("no recipe to train")
     label, common, _ = recipes[0]

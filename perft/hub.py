@@ -10,9 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, errors
 
-from perft.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from perft.adapter import CONFIG_FILE, WEIGHTS_FILE
 from perft.errors import PerftError
-from perft.provenance import CARD_FILE, TRAINING_FILE
+from perft.lora import read_any_adapter
+from perft.provenance import CARD_FILE, TRAINING_FILE, method_name
 
 # written by a training run, and pushed if they are there
 _BESIDE = (CARD_FILE, TRAINING_FILE, "training_log.jsonl", "loss.png")
@@ -35,7 +36,7 @@ def push_adapter(
         PerftError: the Hub cannot be reached, or refuses.
     """
     path = Path(folder)
-    adapter = read_adapter(path)
+    adapter = read_any_adapter(path)
     files = [CONFIG_FILE, WEIGHTS_FILE, *(name for name in _BESIDE if (path / name).is_file())]
     api = HfApi()
     try:
@@ -45,7 +46,7 @@ def push_adapter(
         commit = api.create_commit(
             repo_id,
             operations=[CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(path / name)) for name in files],
-            commit_message=message or f"PERFT-{adapter.config.variant} adapter {adapter.digest[:12]}",
+            commit_message=message or f"{method_name(adapter)} adapter {adapter.digest[:12]}",
             revision=revision,
         )
     except errors.HFValidationError as error:  # raised before anything is sent

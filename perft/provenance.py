@@ -21,11 +21,13 @@ from transformers.utils import cached_file
 
 from perft.adapter import Adapter
 from perft.errors import AdapterError
+from perft.lora import LoraAdapter
 
 TRAINING_FILE = "perft_training.json"
 CARD_FILE = "README.md"
 _PACKAGES = ("perft-serve", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_TAGS = {False: ("perft",), True: ("lora",)}
 _VARIANT_NAMES = {"R": "Routed", "E": "Embedded", "D": "Dense", "S": "Single"}
 
 
@@ -110,21 +112,27 @@ def hub_id(base: str | None) -> str | None:
     return base if base and _HUB_ID.fullmatch(base) and not Path(base).exists() else None
 
 
-def model_card(adapter: Adapter, record: Mapping[str, Any]) -> str:
+def method_name(adapter: Adapter | LoraAdapter) -> str:
+    """What kind of adapter it is: `PERFT-R`, `LoRA`."""
+    return "LoRA" if isinstance(adapter, LoraAdapter) else f"PERFT-{adapter.config.variant}"
+
+
+def model_card(adapter: Adapter | LoraAdapter, record: Mapping[str, Any]) -> str:
     """The text of a README.md for a trained adapter: front matter as PEFT's, then what it is and where it comes from."""
-    config, recipe = adapter.config, record["recipe"]
+    recipe = record["recipe"]
     base = hub_id(recipe.get("model"))
     data = ModelCardData(
         base_model=base,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["perft", "peft", "mixture-of-experts", *([f"base_model:adapter:{base}"] if base else [])],
+        tags=[
+            *_TAGS[isinstance(adapter, LoraAdapter)],
+            "peft",
+            "mixture-of-experts",
+            *([f"base_model:adapter:{base}"] if base else []),
+        ],
     )
     outcome, metrics = record.get("outcome", {}), record.get("outcome", {}).get("metrics", {})
-    shape = (
-        f"{config.unit} units of rank {config.r}, {adapter.num_experts} adapter experts in each of "
-        f"{len(adapter.layers)} layers"
-    )
     facts = [
         ("base model", f"`{base}`" if base else "a local folder"),
         ("base digest", f"`{record.get('base', {}).get('digest')}`"),
@@ -139,21 +147,15 @@ def model_card(adapter: Adapter, record: Mapping[str, Any]) -> str:
         [
             f"---\n{data.to_yaml()}\n---",
             "",
-            f"# PERFT-{config.variant} ({_VARIANT_NAMES[config.variant]}) adapter",
-            "",
-            f"Trained by `perft train` (PERFT, arXiv 2411.08212): {shape}.",
-            "It cannot be merged into its base; it runs beside it.",
+            *(_what_lora_is(adapter) if isinstance(adapter, LoraAdapter) else _what_perft_is(adapter)),
             "",
             *_table(("", ""), facts),
             "",
             "## Use",
             "",
-            "```bash",
-            f"perft-serve serve --model {base or 'BASE'} --adapter NAME=THIS_REPOSITORY",
-            "```",
-            "",
+            *(_how_to_serve(base) if not isinstance(adapter, LoraAdapter) else ()),
             "```python",
-            "import perft  # registers the method with PEFT",
+            *(() if isinstance(adapter, LoraAdapter) else ("import perft  # registers the method with PEFT",)),
             "from peft import PeftModel",
             "",
             'model = PeftModel.from_pretrained(base_model, "THIS_REPOSITORY")',
@@ -171,6 +173,33 @@ def model_card(adapter: Adapter, record: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _what_perft_is(adapter: Adapter) -> list[str]:
+    config = adapter.config
+    shape = (
+        f"{config.unit} units of rank {config.r}, {adapter.num_experts} adapter experts in each of "
+        f"{len(adapter.layers)} layers"
+    )
+    return [
+        f"# PERFT-{config.variant} ({_VARIANT_NAMES[config.variant]}) adapter",
+        "",
+        f"Trained by `perft train` (PERFT, arXiv 2411.08212): {shape}.",
+        "It cannot be merged into its base; it runs beside it.",
+    ]
+
+
+def _what_lora_is(adapter: LoraAdapter) -> list[str]:
+    targets = ", ".join(adapter.targets)
+    return [
+        f"# LoRA adapter ({targets})",
+        "",
+        f"Trained by `perft train` with PEFT's LoRA: rank {adapter.config.r} on {targets}, in {len(adapter.layers)} layers.",
+    ]
+
+
+def _how_to_serve(base: str | None) -> list[str]:
+    return ["```bash", f"perft-serve serve --model {base or 'BASE'} --adapter NAME=THIS_REPOSITORY", "```", ""]
 
 
 def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> list[str]:

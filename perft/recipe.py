@@ -1,7 +1,8 @@
 """A training recipe: everything that decides what `perft train` does, from a YAML file, from flags, or from both.
 
-In: values by field name, as text or as YAML gave them. Out: a checked `TrainConfig` and `PerftConfig`. The command line is
-made from the same fields, so a new field is an option at once. It knows no model and reads no data.
+In: values by field name, as text or as YAML gave them. Out: a checked `TrainConfig`, and a `PerftConfig` or (the paper's
+baseline, `method: lora`) a `LoraRecipe`. The command line is made from the same fields, so a new field is an option at once.
+It knows no model and reads no data.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,9 @@ from peft import PeftConfig
 from perft.config import PerftConfig
 from perft.data import LossOn
 from perft.errors import PerftError
+from perft.lora import LoraRecipe
 
+Method = Literal["perft", "lora"]
 BaseDtype = Literal["auto", "float32", "bfloat16"]
 MixedPrecision = Literal["bfloat16", "float16"]
 Reporter = Literal["tensorboard", "wandb"]
@@ -31,7 +34,7 @@ DEFAULT_EPOCHS = 3.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """How an adapter is trained. What the adapter is, is its `PerftConfig`'s matter.
+    """How an adapter is trained. What the adapter is, is its `PerftConfig`'s or its `LoraRecipe`'s matter.
 
     The defaults are the authors' for OLMoE where they gave one (their Mixtral learning rate is 2e-5).
     """
@@ -178,14 +181,14 @@ class RecipeField:
         hint: its type.
         help: what it is, for people.
         default: its default; `dataclasses.MISSING` if it must be given.
-        owner: `TrainConfig` or `PerftConfig`.
+        owner: `TrainConfig`, `PerftConfig` or `LoraRecipe`, the first that has it; `None` for `method`, which chooses.
     """
 
     name: str
     hint: Any
     help: str
     default: Any
-    owner: type
+    owner: type | None
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -220,9 +223,18 @@ class RecipeField:
         return _scalar(self.name, bare, value)
 
 
+METHOD = RecipeField(
+    name="method",
+    hint=Method,
+    help="what kind of adapter: perft, or lora, the paper's baseline",
+    default="perft",
+    owner=None,
+)
+
+
 def recipe_fields() -> list[RecipeField]:
-    """Every field of a recipe: those of `TrainConfig`, then those that PERFT adds to PEFT's configuration."""
-    return [*_fields_of(TrainConfig, skip=()), *_fields_of(PerftConfig, skip=("target_modules",), above=PeftConfig)]
+    """Every field of a recipe: those of `TrainConfig`, `method`, then those of the adapter of either method."""
+    return [*_fields_of(TrainConfig), METHOD, *{**_adapter_fields("lora"), **_adapter_fields("perft")}.values()]
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -249,39 +261,58 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def build_configs(values: Mapping[str, Any]) -> tuple[TrainConfig, PerftConfig]:
-    """The two configurations that `values` describe.
+def build_configs(values: Mapping[str, Any]) -> tuple[TrainConfig, PerftConfig | LoraRecipe]:
+    """How and what to train, as `values` describe it.
 
     Raises:
-        PerftError: a value is missing, of the wrong type, or out of range.
+        PerftError: a value is missing, of the wrong type, out of range, or has no meaning for the method.
     """
-    by_owner: dict[type, dict[str, Any]] = {TrainConfig: {}, PerftConfig: {}}
-    for recipe_field in recipe_fields():
-        if recipe_field.name in values:
-            by_owner[recipe_field.owner][recipe_field.name] = recipe_field.convert(values[recipe_field.name])
-        elif recipe_field.default is MISSING:
-            flag = recipe_field.name.replace("_", "-")
-            raise PerftError(f"{recipe_field.name} is missing: give --{flag}, or {recipe_field.name}: in the recipe")
-    return TrainConfig(**by_owner[TrainConfig]), PerftConfig(task_type="CAUSAL_LM", **by_owner[PerftConfig])
+    method: Method = METHOD.convert(values.get("method", METHOD.default))
+    train_fields = {item.name: item for item in _fields_of(TrainConfig)}
+    adapter_fields = _adapter_fields(method)
+    given: dict[str, Any] = {}
+    for name, item in {**train_fields, **adapter_fields}.items():
+        if name in values:
+            given[name] = item.convert(values[name])
+        elif item.default is MISSING:
+            flag = name.replace("_", "-")
+            raise PerftError(f"{name} is missing: give --{flag}, or {name}: in the recipe")
+    for item in recipe_fields():
+        if item is not METHOD and item.name in values and item.name not in given:
+            raise PerftError(f"{item.name} has no meaning for method={method!r}; leave it out")
+    train = TrainConfig(**{name: given[name] for name in train_fields if name in given})
+    chosen = {name: given[name] for name in adapter_fields if name in given}
+    return train, LoraRecipe(**chosen) if method == "lora" else PerftConfig(task_type="CAUSAL_LM", **chosen)
 
 
-def recipe_values(train: TrainConfig, adapter: PerftConfig) -> dict[str, Any]:
+def recipe_values(train: TrainConfig, adapter: PerftConfig | LoraRecipe) -> dict[str, Any]:
     """The recipe as plain data, every field with its value; the inverse of `build_configs`."""
+    method: Method = "lora" if isinstance(adapter, LoraRecipe) else "perft"
     values: dict[str, Any] = {}
-    for recipe_field in recipe_fields():
-        value = getattr(train if recipe_field.owner is TrainConfig else adapter, recipe_field.name)
-        values[recipe_field.name] = list(value) if isinstance(value, tuple) else value
-    return values
+    for owner, fields in ((train, _fields_of(TrainConfig)), (adapter, _adapter_fields(method).values())):
+        for item in fields:
+            value = getattr(owner, item.name)
+            values[item.name] = list(value) if isinstance(value, tuple) else value
+    return {**values, METHOD.name: method}
 
 
-def _fields_of(owner: type, *, skip: tuple[str, ...], above: type | None = None) -> Iterator[RecipeField]:
+def _adapter_fields(method: Method) -> dict[str, RecipeField]:
+    """The fields that describe an adapter of a method, by name."""
+    perft = {item.name: item for item in _fields_of(PerftConfig, skip=("target_modules",), above=PeftConfig)}
+    if method == "perft":
+        return perft
+    # what both have is described where PERFT has it
+    return {item.name: replace(perft.get(item.name, item), default=item.default) for item in _fields_of(LoraRecipe)}
+
+
+def _fields_of(owner: type, *, skip: tuple[str, ...] = (), above: type | None = None) -> Iterator[RecipeField]:
     hints = get_type_hints(owner)
     inherited = {item.name for item in dataclasses.fields(above)} if above is not None else set()
     for item in dataclasses.fields(owner):
         if item.name in skip or item.name in inherited:
             continue
         yield RecipeField(
-            name=item.name, hint=hints[item.name], help=item.metadata["help"], default=item.default, owner=owner
+            name=item.name, hint=hints[item.name], help=item.metadata.get("help", ""), default=item.default, owner=owner
         )
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from rich.table import Table
 
-from perft.adapter import Adapter, read_adapter
+from perft.adapter import Adapter, read_adapter, read_fields
 from perft.base import count_activated, load_skeleton
 from perft.config import PerftConfig
 from perft.errors import AdapterError
+from perft.lora import LoraAdapter, read_lora
 from perft.moe import MoeBlock, find_moe_blocks
 from perft.provenance import read_record
 
@@ -25,27 +26,28 @@ class AdapterReport:
     """What there is to say of one adapter.
 
     Args:
-        variant: R, E, D or S.
+        variant: R, E, D or S; LoRA for a plain one.
         unit: lora or parallel.
-        num_experts: M, adapter experts per layer (E: one per base expert).
-        top_k: adapter experts per token; `None` for E when the base is not at hand.
+        num_experts: M, adapter experts per layer (E: one per base expert); `None` for a LoRA.
+        top_k: adapter experts per token; `None` for E when the base is not at hand, and for a LoRA.
         r: rank.
-        scale: factor on a unit's output.
+        scale: factor on a unit's output; of a LoRA with several, the first one's.
         combine: whose weights combine R's experts; `None` for other variants.
         norm_topk: whether R's own weights sum to 1; `None` where that has no meaning.
         layers: decoder layers that have the adapter.
         dtypes: what its tensors are stored as.
         num_parameters: all of its parameters.
-        num_activated: those that take part in one token; `None` when `top_k` is.
+        num_activated: those that take part in one token; `None` where that depends on a base that is not at hand.
         base_activated: the base's parameters that take part in one token; `None` without the base.
         num_bytes: weight of its tensors on disk.
         digest: sha256 (hex) of what it computes.
+        targets: what a LoRA is put on; `None` for PERFT.
         training: what its `perft_training.json` holds; `None` if it has none.
     """
 
     variant: str
     unit: str
-    num_experts: int
+    num_experts: int | None
     top_k: int | None
     r: int
     scale: float
@@ -58,6 +60,7 @@ class AdapterReport:
     base_activated: int | None
     num_bytes: int
     digest: str
+    targets: list[str] | None = None
     training: dict[str, Any] | None = None
 
     @property
@@ -83,13 +86,20 @@ def describe_adapter(path: str | Path, *, base: str | Path | None = None) -> Ada
         AdapterError: the adapter is broken or does not fit the base.
         BaseModelError: the base cannot be had or has no MoE blocks.
     """
-    if base is None:
+    is_lora = read_fields(path).get("peft_type") == "LORA"
+    if base is None and is_lora:
+        report = _lora_report(read_lora(path), expert_share=None, base_activated=None)
+    elif base is None:
         report = _report(read_adapter(path), base_top_k=None, base_activated=None)
     else:
         model = load_skeleton(base)
         blocks = find_moe_blocks(model)
-        adapter = read_adapter(path, blocks)
-        report = _report(adapter, base_top_k=_common_top_k(blocks), base_activated=count_activated(model, blocks))
+        top_k, base_activated = _common_top_k(blocks), count_activated(model, blocks)
+        if is_lora:
+            share = None if top_k is None else top_k / blocks[0].num_experts
+            report = _lora_report(read_lora(path, model), expert_share=share, base_activated=base_activated)
+        else:
+            report = _report(read_adapter(path, blocks), base_top_k=top_k, base_activated=base_activated)
     return replace(report, training=read_record(Path(path)))
 
 
@@ -120,14 +130,16 @@ def render(report: AdapterReport) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     names = {"R": "Routed", "E": "Embedded", "D": "Dense", "S": "Single"}
-    rows = {
-        "variant": f"PERFT-{report.variant} ({names[report.variant]})",
-        "unit": report.unit,
-        "adapter experts (M)": f"{report.num_experts}{' (one per base expert)' if report.variant == 'E' else ''}",
-        "per token (k)": "as the base" if report.top_k is None else str(report.top_k),
-        "rank (r)": str(report.r),
-        "scale": f"{report.scale:g}",
-    }
+    if report.targets is not None:
+        rows = {"variant": "LoRA", "targets": ", ".join(report.targets)}
+    else:
+        rows = {
+            "variant": f"PERFT-{report.variant} ({names[report.variant]})",
+            "unit": report.unit,
+            "adapter experts (M)": f"{report.num_experts}{' (one per base expert)' if report.variant == 'E' else ''}",
+            "per token (k)": "as the base" if report.top_k is None else str(report.top_k),
+        }
+    rows |= {"rank (r)": str(report.r), "scale": f"{report.scale:g}"}
     if report.combine is not None:
         rows["combine"] = report.combine
     if report.norm_topk is not None:
@@ -188,6 +200,34 @@ def _report(adapter: Adapter, *, base_top_k: int | None, base_activated: int | N
         base_activated=base_activated,
         num_bytes=adapter.num_bytes,
         digest=adapter.digest,
+    )
+
+
+def _lora_report(adapter: LoraAdapter, *, expert_share: float | None, base_activated: int | None) -> AdapterReport:
+    """`expert_share`: K / N, the part of a LoRA on the base experts that one token meets."""
+    on_experts = sum(pair.num_parameters for pair in adapter.pairs if pair.target == "experts")
+    num_activated: int | None = adapter.num_parameters
+    if on_experts:
+        num_activated = (
+            None if expert_share is None else adapter.num_parameters - on_experts + round(on_experts * expert_share)
+        )
+    return AdapterReport(
+        variant="LoRA",
+        unit="lora",
+        num_experts=None,
+        top_k=None,
+        r=adapter.config.r,
+        scale=adapter.pairs[0].scale,
+        combine=None,
+        norm_topk=None,
+        layers=adapter.layers,
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in adapter.tensors}),
+        num_parameters=adapter.num_parameters,
+        num_activated=num_activated,
+        base_activated=base_activated,
+        num_bytes=adapter.num_bytes,
+        digest=adapter.digest,
+        targets=adapter.targets,
     )
 
 

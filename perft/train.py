@@ -1,6 +1,6 @@
 """Training an adapter: the base frozen, the adapter in float32, Transformers' Trainer underneath.
 
-In: a `TrainConfig` and a `PerftConfig` (see `perft.recipe`). Out, in `TrainConfig.output`:
+In: a `TrainConfig`, and a `PerftConfig` or a `LoraRecipe` (see `perft.recipe`). Out, in `TrainConfig.output`:
 
     adapter_config.json, adapter_model.safetensors   the adapter
     training_log.jsonl                               one line per log entry: loss, router_aux_loss, eval_loss, ...
@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -43,12 +44,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from perft.adapter import Adapter, LayerTensors, read_adapter, write_adapter
+from perft.adapter import WEIGHTS_FILE, Adapter, LayerTensors, read_adapter, write_adapter
 from perft.base import first_line, load_base
 from perft.config import PerftConfig
 from perft.data import HubData, PaddingCollator, StreamedRows, iter_records, pack, tokenize_files
 from perft.errors import BaseModelError, PerftError
 from perft.layer import PerftLayer
+from perft.lora import LoraAdapter, LoraRecipe, read_any_adapter, read_lora
 from perft.model import PerftModel
 from perft.provenance import (
     CARD_FILE,
@@ -60,7 +62,7 @@ from perft.provenance import (
     package_versions,
     write_record,
 )
-from perft.recipe import DEFAULT_EPOCHS, TrainConfig, recipe_values
+from perft.recipe import DEFAULT_EPOCHS, METHOD, TrainConfig, recipe_values
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,12 +82,12 @@ def require_train_extra() -> None:
 
 def train(
     config: TrainConfig,
-    adapter: PerftConfig,
+    adapter: PerftConfig | LoraRecipe,
     *,
     resume: bool = False,
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Adapter:
+) -> Adapter | LoraAdapter:
     """Trains an adapter and writes it.
 
     Args:
@@ -120,7 +122,7 @@ def train(
         check_same_base(output, run["base"])
     set_seed(config.seed)
     # a copy: attaching settles in place what depends on the base
-    model = get_peft_model(base, copy.deepcopy(adapter))
+    model = get_peft_model(base, adapter.to_peft(base) if isinstance(adapter, LoraRecipe) else copy.deepcopy(adapter))
     checkpoint = get_last_checkpoint(str(output / CHECKPOINTS)) if resume else None
     processes.wait_for_everyone()  # nobody writes before all have looked
     log = LogCallback(output)
@@ -148,12 +150,16 @@ def train(
             **count_examples(train_data, eval_data),
         }
         history = trainer.state.log_history
-        layers = [module for module in model.modules() if isinstance(module, PerftLayer)]
-        name = model.active_adapter
-        write_finished(layers, name, model.peft_config[name], config, {**run, "outcome": outcome}, history)
+        record = {**run, "outcome": outcome}
+        if isinstance(adapter, LoraRecipe):
+            _write_lora(model, config, record, history)
+        else:
+            layers = [module for module in model.modules() if isinstance(module, PerftLayer)]
+            name = model.active_adapter
+            write_finished(layers, name, model.peft_config[name], config, record, history)
         log.write(history)
     processes.wait_for_everyone()
-    return read_adapter(output)
+    return read_any_adapter(output)
 
 
 class PerftTrainer(Trainer):
@@ -169,8 +175,7 @@ class PerftTrainer(Trainer):
         result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         if model.training:
             tuner = self.accelerator.unwrap_model(model).base_model
-            assert isinstance(tuner, PerftModel)
-            for value in tuner.router_aux_loss.values():
+            for value in tuner.router_aux_loss.values() if isinstance(tuner, PerftModel) else ():
                 self._aux_sum = self._aux_sum + value  # stays on the device until it is logged
                 self._aux_count += 1
         return result
@@ -190,7 +195,8 @@ class PerftTrainer(Trainer):
             if self._aux_count:
                 logs["router_aux_loss"] = float(self._aux_sum) / self._aux_count
                 self._aux_sum, self._aux_count = 0.0, 0
-            for health in self.accelerator.unwrap_model(self.model).base_model.router_health.values():
+            tuner = self.accelerator.unwrap_model(self.model).base_model
+            for health in tuner.router_health.values() if isinstance(tuner, PerftModel) else ():
                 logs.update(health.take())
         super().log(logs, start_time)
 
@@ -240,7 +246,7 @@ def plot_losses(history: Sequence[dict[str, float]], path: str | Path) -> None:
     figure.savefig(path)
 
 
-def describe_run(config: TrainConfig, adapter: PerftConfig) -> dict[str, Any]:
+def describe_run(config: TrainConfig, adapter: PerftConfig | LoraRecipe) -> dict[str, Any]:
     """What the outcome depends on, as it goes into `perft_training.json`.
 
     Raises:
@@ -299,7 +305,7 @@ def clear_output(output: Path) -> None:
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], output: Path) -> None:
     """Refuses to go on with a run under another recipe or on other data."""
-    old, new = before.get("recipe", {}), now["recipe"]
+    old, new = {METHOD.name: METHOD.default, **before.get("recipe", {})}, now["recipe"]
     changed = [
         f"{name} was {old.get(name)!r}, is {new[name]!r}"
         for name in new
@@ -508,13 +514,33 @@ def write_finished(
     finished_config.inference_mode = True
     write_adapter(output, finished_config, tensors, block_names)
     finished = read_adapter(output)
+    _write_record_and_card(output, finished, record, history)
+    return finished
+
+
+def _write_lora(model: PeftModel, config: TrainConfig, record: dict[str, Any], history: list[dict[str, float]]) -> None:
+    """Writes a trained LoRA as PEFT does, with its record and card."""
+    output, dtype = Path(config.output), getattr(torch, config.save_dtype)
+    name = model.active_adapter
+    found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {key: _stored(tensor, dtype).contiguous() for key, tensor in found.items()}
+    save_file(tensors, output / WEIGHTS_FILE, metadata={"format": "pt"})
+    (output / WEIGHTS_FILE).chmod(0o644)  # as in `write_adapter`
+    lora = copy.copy(model.peft_config[name])
+    lora.inference_mode = True
+    lora.save_pretrained(str(output))
+    _write_record_and_card(output, read_lora(output), record, history)
+
+
+def _write_record_and_card(
+    output: Path, finished: Adapter | LoraAdapter, record: dict[str, Any], history: list[dict[str, float]]
+) -> None:
     record = {
         **record,
         "outcome": {**record["outcome"], "digest": finished.digest, "metrics": metrics_of(history)},
     }
     write_record(output, record)
     (output / CARD_FILE).write_text(model_card(finished, record), encoding="utf-8")
-    return finished
 
 
 def _stored(parameter: Tensor, dtype: torch.dtype) -> Tensor:

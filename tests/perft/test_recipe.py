@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from perft.config import PerftConfig
 from perft.errors import PerftError
 from perft.recipe import build_configs, load_recipe, recipe_fields, recipe_values
 
@@ -21,6 +22,7 @@ def test_yaml_values_get_their_types(tmp_path: Path) -> None:
     train, adapter = build_configs(load_recipe(tmp_path / "r.yaml"))
     assert (train.data, train.learning_rate, train.max_steps) == (("a.jsonl", "b.jsonl"), 1e-3, 20)
     assert train.gradient_checkpointing is True
+    assert isinstance(adapter, PerftConfig)
     assert (adapter.variant, adapter.unit, adapter.r, adapter.layers_to_transform) == ("E", "parallel", 4, [0, 2])
     assert adapter.task_type == "CAUSAL_LM"
 
@@ -28,6 +30,7 @@ def test_yaml_values_get_their_types(tmp_path: Path) -> None:
 def test_a_recipe_survives_being_written_out() -> None:
     train, adapter = build_configs({**NEEDED, "num_experts": "8", "norm_topk": "true", "eval_split": "0.1"})
     assert build_configs(recipe_values(train, adapter)) == (train, adapter)
+    assert isinstance(adapter, PerftConfig)
     assert (adapter.num_experts, adapter.norm_topk, train.eval_split) == (8, True, 0.1)
 
 
