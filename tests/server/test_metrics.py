@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +183,7 @@ def test_the_buckets_are_those_that_others_know() -> None:
     def bounds(name: str) -> list[str]:
         return [sample.labels["le"] for sample in families[name].samples if sample.name.endswith("_bucket")]
 
-    assert bounds("perft_time_to_first_token_seconds")[:4] == ["0.001", "0.005", "0.01", "0.02"]
-    assert bounds("perft_e2e_request_latency_seconds")[0] == "0.3"
-    assert bounds("perft_inter_token_latency_seconds")[:9] == [
-        *("0.001", "0.002", "0.003", "0.004", "0.005", "0.006", "0.008", "0.01", "0.025"),
-    ]
+    assert bounds("perft_request_queue_time_seconds")[:4] == ["0.3", "0.5", "0.8", "1.0"]
     assert bounds("perft_iteration_tokens")[-2:] == ["16384.0", "+Inf"]
     assert bounds("perft_request_params_n") == ["1.0", "2.0", "5.0", "10.0", "20.0", "+Inf"]
 
@@ -288,6 +285,42 @@ def test_what_is_kept_of_adapters_that_are_gone_is_bounded() -> None:
         clock.now += RANK_SECONDS
         metrics.render()
     assert len(metrics._traffic) == 0, "nobody asks for these any more"
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "fine"),
+    [
+        (
+            "time_to_first_token",
+            (
+                *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5),
+                *(10, 20, 40, 80, 160, 640, 2560),
+            ),
+            (0.01, 10),
+        ),
+        (
+            "inter_token_latency",
+            (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
+            (0.001, 1),
+        ),
+        (
+            "e2e_request_latency",
+            (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680),
+            (0.1, 90),
+        ),
+    ],
+)
+def test_latencies_have_the_buckets_of_vllm_and_finer_ones_between(
+    name: str, theirs: tuple[float, ...], fine: tuple[float, float]
+) -> None:
+    metrics = Metrics(CollectorRegistry())
+    text = metrics.render().decode()
+    found = re.findall(rf'^perft_{name}_seconds_bucket{{le="([^"]+)"}}', text, re.MULTILINE)
+    bounds = [float(bound) for bound in found]
+    assert set(theirs) <= set(bounds)
+    between = [bound for bound in bounds if fine[0] <= bound <= fine[1]]
+    assert (between[0], between[-1]) == fine
+    assert all(upper / lower < 1.21 for lower, upper in pairwise(between))
 
 
 def test_a_scrape_stays_small_with_thousands_of_adapters(tmp_path: Path) -> None:
