@@ -34,7 +34,7 @@ from perft_serve.server.completions import CompletionEndpoint
 from perft_serve.server.config import ServerConfig
 from perft_serve.server.errors import ApiError, to_api_error
 from perft_serve.server.exchange import Exchange
-from perft_serve.server.keys import OPERATOR
+from perft_serve.server.keys import OPERATOR, AdapterAccess
 from perft_serve.server.metrics import CONTENT_TYPE, UNKNOWN, Metrics
 from perft_serve.server.models import ModelNames
 from perft_serve.server.protocol import (
@@ -102,7 +102,8 @@ def build_app(
     Raises:
         ValueError: an adapter has the base's name.
     """
-    models = ModelNames(base_name, client)
+    gate = Gate(config.api_keys)
+    models = ModelNames(base_name, client, AdapterAccess(config.tenant_adapters, gate.names))
     service = Service(client, tokenizer, models, config)
     app = FastAPI(
         title="PERFT Serve",
@@ -114,7 +115,6 @@ def build_app(
     )
     status = _Status(client, models, metrics, version)
     adapters, tokens = AdapterEndpoints(service, sources), TokenizationEndpoints(service)
-    gate = Gate(config.api_keys)
     # Whom a route is for: without keys, everybody
     everybody, tenants, operator = None, gate.tenant, gate.operator
     kinds: list[type] = []
@@ -202,14 +202,15 @@ class _Status:
         self._metrics = metrics
         self._version = version
 
-    async def list_models(self, query: Annotated[ModelQuery, Query()]) -> Response:
-        """The base and the adapters: all, or at most `limit` of those that follow `after`."""
-        page = self._models.page(query.after, query.limit)
+    async def list_models(self, request: Request, query: Annotated[ModelQuery, Query()]) -> Response:
+        """The base and the adapters that can be used: all, or at most `limit` of those that follow `after`."""
+        page = self._models.page(query.after, query.limit, request.state.tenant)
         return Response(msgspec.json.encode(page), media_type="application/json")
 
-    async def get_model(self, model: str) -> Response:
+    async def get_model(self, request: Request, model: str) -> Response:
         """The base or an adapter."""
-        return Response(msgspec.json.encode(self._models.card(model)), media_type="application/json")
+        card = self._models.card(model, request.state.tenant)
+        return Response(msgspec.json.encode(card), media_type="application/json")
 
     async def health(self) -> Response:
         """200 while the server can answer or will be able to again, 503 once its engine is given up: restart the server."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fastapi import Request
 
@@ -28,6 +28,11 @@ class Gate:
         # Keys are looked up by a hash that nobody outside can compute, so the time it takes tells nothing about them
         self._secret = secrets.token_bytes(32)
         self._tenants = {self._hash(key.encode()): tenant for key, tenant in parse_keys(keys).items()}
+
+    @property
+    def names(self) -> Collection[str]:
+        """The tenants that have keys."""
+        return set(self._tenants.values())
 
     @property
     def is_open(self) -> bool:

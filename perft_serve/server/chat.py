@@ -43,12 +43,12 @@ class ChatEndpoint:
         arrival = time.monotonic()
         raw = await service.read_json(request)
         body = await service.parse(ChatRequest, raw)
-        adapter = service.models.resolve(body.model)
+        tenant: str = request.state.tenant
+        adapter = service.models.resolve(body.model, tenant)
         tool_format = self._tool_format(body)
         params = body.params(None if tool_format is None else self._grammar(body, tool_format))
         ids = await service.encode(raw, lambda: service.inputs.chat_ids(params=params, **body.rendering(body.messages)))
         request_id: str = request.state.request_id
-        tenant: str = request.state.tenant
         requests = service.inputs.engine_requests(
             request_id,
             ids,

@@ -31,13 +31,13 @@ class CompletionEndpoint:
         arrival = time.monotonic()
         raw = await service.read_json(request)
         body = await service.parse(CompletionRequest, raw)
-        adapter = service.models.resolve(body.model)
+        tenant: str = request.state.tenant
+        adapter = service.models.resolve(body.model, tenant)
         given = body.prompts()
         service.client.check_number(len(given) * (body.n or 1))
         whole = body.params(room=service.client.limits.max_model_len)
         prompts = await service.encode(raw, lambda: self._encode(given, body, whole))
         request_id: str = request.state.request_id
-        tenant: str = request.state.tenant
         numbered: list[tuple[Prompt, Sequence[EngineRequest]]] = []
         for number, prompt in enumerate(prompts):
             params = body.params(room=service.client.limits.room(prompt.ids))

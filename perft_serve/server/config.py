@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from perft_serve.engine.logs import LogFormat
-from perft_serve.server.keys import parse_keys
+from perft_serve.server.keys import AdapterAccess, parse_keys
 
 _METRIC_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 
@@ -122,6 +122,17 @@ class ServerConfig:
             "environ": "PERFT_API_KEYS",
         },
     )
+    tenant_adapters: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Adapters that a tenant may use: TENANT=PATTERN, a name or a glob (acme=acme-*); may be given several "
+            "times. TENANT= is the base only; a tenant without any may use all. Also taken from PERFT_TENANT_ADAPTERS, "
+            "separated by commas.",
+            "option": "tenant-adapters",
+            "metavar": "TENANT=PATTERN",
+            "environ": "PERFT_TENANT_ADAPTERS",
+        },
+    )
     allowed_origins: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -155,7 +166,7 @@ class ServerConfig:
             raise ValueError(f"port must be between 0 and 65535, got {self.port}")
         if self.tool_call_parser not in ("auto", "hermes", "mistral"):
             raise ValueError(f"tool_call_parser must be auto, hermes or mistral, got {self.tool_call_parser!r}")
-        parse_keys(self.api_keys)
+        AdapterAccess(self.tenant_adapters, set(parse_keys(self.api_keys).values()))
         at_least_1 = (
             "max_body_size",
             "max_header_size",

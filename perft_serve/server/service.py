@@ -290,7 +290,7 @@ class Service:
         def submit() -> EventStream:
             # Once more: while the prompt was encoded, the adapter may have been reloaded or deleted, and a version that has
             # been let go takes no new requests.
-            stream = self.client.submit(generation.requests_for(self.models.resolve(model)))
+            stream = self.client.submit(generation.requests_for(self.models.resolve(model, request.state.tenant)))
             exchange_of(request).follow(model, stream.recorders)
             return stream
 

@@ -27,7 +27,7 @@ class TokenizationEndpoints:
         service = self._service
         raw = await service.read_json(request)
         body = await service.parse(TokenizeRequest, raw)
-        tokenizer = self._tokenizer(body.model)
+        tokenizer = self._tokenizer(body.model, request)
         ids = await service.encode(raw, lambda: self._ids(body, tokenizer))
         reply = Tokens(
             count=len(ids),
@@ -42,7 +42,7 @@ class TokenizationEndpoints:
         service = self._service
         raw = await service.read_json(request)
         body = await service.parse(DetokenizeRequest, raw)
-        tokenizer = self._tokenizer(body.model)
+        tokenizer = self._tokenizer(body.model, request)
         limits = service.client.limits
         if len(body.tokens) > limits.max_model_len:
             raise RequestError(
@@ -59,13 +59,13 @@ class TokenizationEndpoints:
         text = await service.encode(raw, lambda: tokenizer.decode(body.tokens))
         return Response(Text(prompt=text).to_json(), media_type="application/json")
 
-    async def info(self) -> Response:
+    async def info(self, request: Request) -> Response:
         """What the tokenizer's configuration says, and its chat template."""
-        return JSONResponse(self._tokenizer(None).info())
+        return JSONResponse(self._tokenizer(None, request).info())
 
-    def _tokenizer(self, model: str | None) -> TextTokenizer:
+    def _tokenizer(self, model: str | None, request: Request) -> TextTokenizer:
         if model is not None:
-            self._service.models.resolve(model)
+            self._service.models.resolve(model, request.state.tenant)
         if self._service.tokenizer is None:
             raise ApiError(400, "this model has no tokenizer: prompts are token ids")
         return self._service.tokenizer

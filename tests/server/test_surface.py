@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 from replies import assert_error
 from running_server import BASE, RunningServer, running_server
 
 from perft_serve.engine.messages import Submit
 from perft_serve.server.config import ServerConfig
-from perft_serve.server.keys import parse_keys
+from perft_serve.server.keys import OPERATOR, AdapterAccess, parse_keys
 from perft_serve.server.protocol import Text, Tokens
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -180,8 +182,17 @@ OPERATORS_ONLY = [
 
 @pytest.fixture(scope="class")
 def guarded(request: pytest.FixtureRequest) -> Any:
-    keys = (OPERATORS, f"acme:{ACMES}", "beta:betas-key-1", "acme:acmes-key-2")
-    with running_server(request.getfixturevalue("engine_config"), ServerConfig(api_keys=keys)) as server:
+    keys = (
+        OPERATORS,
+        f"acme:{ACMES}",
+        "beta:betas-key-1",
+        "acme:acmes-key-2",
+        "gamma:gammas-key-1",
+        "delta:deltas-key-1",
+    )
+    adapters = ("gamma=rout*", "gamma=single", "gamma=new/*", "delta=")
+    config = ServerConfig(api_keys=keys, tenant_adapters=adapters)
+    with running_server(request.getfixturevalue("engine_config"), config) as server:
         yield server
 
 
@@ -236,6 +247,76 @@ class TestKeys:
         for method, path in (*TENANTS_ONLY, *OPERATORS_ONLY[:4]):
             assert guarded.http.request(method, path, headers=self.bearer(OPERATORS)).status_code == 200
 
+    @pytest.mark.parametrize("key", ["gammas-key-1", "deltas-key-1"])
+    def test_an_adapter_of_others_is_as_if_it_were_not_there(self, guarded: RunningServer, key: str) -> None:
+        def ask(model: str) -> list[httpx.Response]:
+            post, headers = guarded.http.post, self.bearer(key)
+            return [
+                post("/v1/completions", json={"model": model, "prompt": "hi", "max_tokens": 1}, headers=headers),
+                post(
+                    "/v1/completions",
+                    json={"model": model, "prompt": "hi", "max_tokens": 1, "stream": True},
+                    headers=headers,
+                ),
+                post("/v1/chat/completions", json={"model": model, "messages": MESSAGES}, headers=headers),
+                post("/tokenize", json={"model": model, "prompt": "hi"}, headers=headers),
+                post("/detokenize", json={"model": model, "tokens": [5]}, headers=headers),
+                guarded.http.get(f"/v1/models/{model}", headers=headers),
+            ]
+
+        for theirs, nobodys in zip(ask("dense"), ask("nobody"), strict=True):
+            assert_error(theirs, 404, "'dense' does not exist or you do not have access to it", param="model")
+            assert theirs.text.replace("dense", "nobody") == nobodys.text
+            assert set(theirs.headers) == set(nobodys.headers)
+        assert [reply.status_code for reply in ask(BASE)] == [200] * 6
+        client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=key)
+        with client, pytest.raises(openai.NotFoundError, match="do not have access"):
+            client.completions.create(model="dense", prompt="hi")
+        other = guarded.http.get("/v1/models/dense", headers=self.bearer(ACMES))
+        assert other.status_code == 200
+
+    def test_a_tenant_is_shown_what_it_may_use(self, guarded: RunningServer) -> None:
+        def names(key: str, **query: Any) -> list[str]:
+            page = guarded.http.get("/v1/models", params=query, headers=self.bearer(key)).json()
+            return [model["id"] for model in page["data"]]
+
+        everything = names(OPERATORS)
+        assert names(ACMES) == everything
+        assert {"dense", "embedded"} < set(everything)
+        assert names("deltas-key-1") == [BASE]
+        gammas = [BASE, *(name for name in everything if name in ("routed", "single"))]
+        assert names("gammas-key-1") == gammas
+        assert len(gammas) == 3
+        body = {"prompt": "hi", "max_tokens": 1}
+        for model in gammas:
+            reply = guarded.http.post(
+                "/v1/completions", json={"model": model, **body}, headers=self.bearer("gammas-key-1")
+            )
+            assert reply.status_code == 200
+        # Page by page, none of which is short or tells of what is between
+        found: list[str] = []
+        query: dict[str, Any] = {"limit": 2}
+        while True:
+            page = guarded.http.get("/v1/models", params=query, headers=self.bearer("gammas-key-1")).json()
+            found += [model["id"] for model in page["data"]]
+            if not page["has_more"]:
+                break
+            assert len(page["data"]) == 2
+            query["after"] = page["last_id"]
+        assert found == gammas
+
+    def test_administration_is_not_bound_to_it(self, guarded: RunningServer, tiny_adapters: Mapping[str, str]) -> None:
+        headers = self.bearer("gammas-key-1")
+        assert guarded.http.get("/v1/adapters/routed", headers=headers).status_code == 403
+        assert guarded.http.get("/v1/adapters/dense", headers=self.bearer(OPERATORS)).status_code == 200
+        # A name that comes later is judged as it comes
+        guarded.client.catalog.register("new/one", tiny_adapters["dense"])
+        body = {"model": "new/one", "prompt": "hi", "max_tokens": 1}
+        assert guarded.http.post("/v1/completions", json=body, headers=headers).status_code == 200
+        assert_error(
+            guarded.http.post("/v1/completions", json=body, headers=self.bearer("deltas-key-1")), 404, param="model"
+        )
+
     def test_tenants_do_not_share_cached_prompts(self, guarded: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[object] = []
         link = guarded.client._link
@@ -288,6 +369,36 @@ class TestKeys:
             assert time.monotonic() < end
         many = server.http.post("/v1/completions", json={**short, "n": 3}, headers=self.bearer(ACMES))
         assert_error(many, 400, "at most 2")
+
+
+def test_how_access_is_written() -> None:
+    access = AdapterAccess(["acme=acme-*", "acme=shared/[ab]?", "beta="], {"acme", "beta", "gamma"})
+    for tenant, adapter, expected in (
+        ("acme", "acme-", True),
+        ("acme", "acme-x/y", True),
+        ("acme", "Acme-x", False),
+        ("acme", "not-acme-x", False),
+        ("acme", "acme", False),
+        ("acme", "shared/b1", True),
+        ("acme", "shared/b12", False),
+        ("beta", "acme-x", False),
+        ("gamma", "acme-x", True),
+        (OPERATOR, "acme-x", True),
+    ):
+        assert access.allows(tenant, adapter) is expected, (tenant, adapter)
+    keys = ("acme:acmes-key-1",)
+    for bad, words in (
+        ("acme", "TENANT=PATTERN"),
+        ("=x", "TENANT=PATTERN"),
+        ("a b=x", "TENANT=PATTERN"),
+        ("beta=x", "no API key"),
+        ("acme=a b", "no adapter's name"),
+        ("acme=../x,y", "no adapter's name"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            ServerConfig(api_keys=keys, tenant_adapters=(bad,))
+    with pytest.raises(ValueError, match="no API key"):
+        ServerConfig(tenant_adapters=("acme=x",))
 
 
 def test_how_keys_are_written() -> None:
