@@ -71,5 +71,5 @@ constraints: $(INSTALLED) ## Write what is installed in .venv now into constrain
 	touch $(INSTALLED)
 
 clean: ## Remove the environment, the demo base and all caches.
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -77,6 +77,8 @@ def run(*, cases: int, seed: int, examples: int, workers: int) -> None:
             with urlopen(f"{server.url}/openapi.json", timeout=30) as answer:
                 document = sharpened(json.load(answer), names)
             (folder / "openapi.json").write_text(json.dumps(document))
+            # Else it leaves what has failed in a folder `.schemathesis`, and tries that first the next time
+            (folder / "schemathesis.toml").write_text("[cache]\nenabled = false\n")
             while totals["cases"] < cases and not failures:
                 seeds.append(seed)
                 sent = _schemathesis(folder, server.url, seed=seed, examples=examples, workers=workers)
