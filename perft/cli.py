@@ -18,7 +18,8 @@ from importlib.metadata import entry_points, version
 from typing import Any
 
 from perft.errors import PerftError
-from perft.recipe import RecipeField, TrainConfig, build_configs, load_recipe, recipe_fields
+from perft.recipe import RecipeField, TrainConfig, build_configs, recipe_fields
+from perft.recipe_table import load_run, load_runs
 
 COMMANDS = "perft.commands"
 """Entry points that add commands of packages above this one: functions that take what `add_subparsers` returned."""
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_train_many(commands)
+    _add_count(commands)
     _add_inspect(commands)
     _add_push(commands)
     _add_import(commands)
@@ -171,6 +173,42 @@ def _run_import(args: argparse.Namespace) -> None:
     )
 
 
+def _add_count(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "count",
+        "count the parameters of what recipes would train",
+        "Builds the base and the adapter of each recipe in its real size, without memory for weights (meta device), and counts "
+        "parameters: all, and those that take part in one token.",
+    )
+    parser.add_argument("recipes", metavar="RECIPE.yaml", nargs="+", help="recipes of `perft train`")
+    parser.add_argument("--runs", nargs="+", metavar="PATTERN", help="of recipes that hold many runs, only these")
+    parser.add_argument(
+        "--bases",
+        metavar="DIR",
+        help="look for a base's config in DIR/NAME first (default: as NAME, a folder or hub id)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(run=_run_count)
+
+
+def _run_count(args: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from perft.count import count, render
+
+    counted = count(
+        [(name, *build_configs(values)) for name, values in _named(args.recipes, args.runs)], bases=args.bases
+    )
+    if args.json:
+        print(json.dumps([asdict(each) for each in counted]))
+    else:
+        for table in render(counted):
+            Console().print(table)
+
+
 def _add_inspect(commands: Any) -> None:
     parser = _add_command(commands, "inspect", "say what an adapter is and how large, checking all of it")
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
@@ -222,6 +260,7 @@ def _add_train(commands: Any) -> None:
         "is also a key of a YAML recipe (with _ for -); flags override the recipe.",
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="recipe to start from")
+    parser.add_argument("--run", dest="run_name", metavar="NAME", help="which run, of a --config that holds many")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--resume", action="store_true", help="continue the run in the output folder where it stopped")
     action.add_argument(
@@ -246,6 +285,7 @@ def _add_train_many(commands: Any) -> None:
         "status 1 if any failed.",
     )
     parser.add_argument("recipes", metavar="RECIPE.yaml", nargs="+", help="recipes of `perft train`, all of one base")
+    parser.add_argument("--runs", nargs="+", metavar="PATTERN", help="of recipes that hold many runs, only these")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--resume", action="store_true", help="leave finished ones alone, continue the others")
     action.add_argument("--overwrite", action="store_true", help="delete the earlier runs in the output folders")
@@ -269,7 +309,7 @@ def _run_train_many(args: argparse.Namespace) -> int:
     from perft.train import require_train_extra
 
     require_train_extra()
-    recipes = [(path, *build_configs(load_recipe(path))) for path in args.recipes]
+    recipes = [(name, *build_configs(values)) for name, values in _named(args.recipes, args.runs)]
     console = Console()
     run = functools.partial(
         train_many,
@@ -286,6 +326,11 @@ def _run_train_many(args: argparse.Namespace) -> int:
         members = run(progress=LineProgress(console))
     console.print(fleet_table(members))
     return 1 if any(member.state == "failed" for member in members) else 0
+
+
+def _named(paths: Sequence[str], patterns: Sequence[str] | None) -> list[tuple[str, dict[str, Any]]]:
+    """The recipes in files, with what to call them: the file, or the run's name."""
+    return [(name or path, values) for path in paths for name, values in load_runs(path, patterns).items()]
 
 
 def _add_field(group: Any, recipe_field: RecipeField) -> None:
@@ -310,7 +355,9 @@ def _run_train(args: argparse.Namespace) -> None:
 
     require_train_extra()
     given = vars(args)
-    values = {} if args.config is None else load_recipe(args.config)
+    if args.config is None and args.run_name is not None:
+        raise PerftError("--run names a run of a --config that holds many; give --config")
+    values = {} if args.config is None else load_run(args.config, args.run_name)
     values |= {item.name: given[item.name] for item in recipe_fields() if item.name in given}
     config, adapter = build_configs(values)
     finished = train(config, adapter, resume=args.resume, overwrite=args.overwrite)

@@ -243,6 +243,17 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         PerftError: the file is missing, is not a mapping, or has an unknown key.
     """
+    values = read_mapping(path)
+    check_keys(values, path)
+    return values
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """The mapping in the YAML file `path`.
+
+    Raises:
+        PerftError: the file is missing, or is not a mapping.
+    """
     import yaml  # of the extra `train`
 
     file = Path(path)
@@ -254,11 +265,15 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise PerftError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise PerftError(f"{file}: a recipe is a mapping of field: value")
+    return values
+
+
+def check_keys(values: Mapping[str, Any], where: str | Path) -> None:
+    """Raises PerftError if a key is no field of a recipe; `where` is what the message begins with."""
     known = [recipe_field.name for recipe_field in recipe_fields()]
     for name in values:
         if name not in known:
-            raise PerftError(f"{file}: unknown key {name!r}; known are {', '.join(known)}")
-    return values
+            raise PerftError(f"{where}: unknown key {name!r}; known are {', '.join(known)}")
 
 
 def build_configs(values: Mapping[str, Any]) -> tuple[TrainConfig, PerftConfig | LoraRecipe]:

@@ -51,7 +51,9 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """Each adapter after a few steps: its folder, and the model that Trainer had."""
     folder = tmp_path_factory.mktemp("parity")
     data = folder / "train.jsonl"
-    records = [{"prompt": f"hello {word}", "completion": f" {word[::-1]}"} for word in ("router", "token", "fox", "dog")]
+    records = [
+        {"prompt": f"hello {word}", "completion": f" {word[::-1]}"} for word in ("router", "token", "fox", "dog")
+    ]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     found = {}
     for name, settings in ADAPTERS.items():
