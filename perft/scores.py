@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Example:
         reply: what was generated; empty if choices were scored.
         predicted: the answer in it; empty if there is none.
         scores: log-probability of each choice, if they were scored.
+        choice_lengths: characters of each choice, if it was their texts that were scored.
         num_prompt_tokens: as given to the model.
         truncated: whether the prompt lost its beginning, being longer than the context.
     """
@@ -54,6 +55,7 @@ class Example:
     correct: bool
     reply: str = ""
     scores: dict[str, float] | None = None
+    choice_lengths: dict[str, int] | None = None
     num_prompt_tokens: int = 0
     truncated: bool = False
 
@@ -72,6 +74,15 @@ class Score:
     high: float
     num_examples: int
     unanswered: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mean:
+    """A value with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +141,40 @@ def score_tasks(examples: Iterable[Example]) -> dict[str, dict[str, Score]]:
     return {
         model: {task: _score(its_examples) for task, its_examples in tasks.items()} for model, tasks in groups.items()
     }
+
+
+def normalised(examples: Iterable[Example]) -> list[Example]:
+    """The examples whose choices' texts were scored, answered by log-probability per character: lm-evaluation-harness's
+    `acc_norm`, which does not favour short choices."""
+    found = []
+    for example in examples:
+        if example.scores and example.choice_lengths:
+            per_character = {
+                word: score / max(1, example.choice_lengths[word]) for word, score in example.scores.items()
+            }
+            predicted = max(per_character, key=per_character.__getitem__)
+            found.append(replace(example, predicted=predicted, correct=predicted == example.answer))
+    return found
+
+
+def answer_bits(examples: Sequence[Example], seed: int = 0) -> Mean | None:
+    """Bits per character of the right answers' texts: all their bits over all their characters, the less the better. It says
+    more than accuracy does where few answers change. `None` if no texts were scored; the interval resamples questions."""
+    pairs = [
+        (-example.scores[example.answer] / math.log(2), example.choice_lengths[example.answer])
+        for example in examples
+        if example.scores and example.choice_lengths
+    ]
+    if not pairs:
+        return None
+    bits, characters = np.array(pairs).T
+    generator = np.random.default_rng(seed)
+    draws = [
+        bits[rows].sum() / characters[rows].sum()
+        for rows in (generator.integers(len(pairs), size=len(pairs)) for _ in range(NUM_RESAMPLES // 10))
+    ]
+    low, high = np.percentile(draws, _TAILS)
+    return Mean(value=float(bits.sum() / characters.sum()), low=float(low), high=float(high))
 
 
 def average(scores: Sequence[Score], seed: int = 0) -> Score:

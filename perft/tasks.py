@@ -27,6 +27,7 @@ NO_ANSWER = ""
 SUFFIXES = (".jsonl", ".json")
 
 _INDENT = " " * 16
+_BLANK_LINE = "\n\n"
 _RESPONSE = "### Response:"
 _NUMBER = re.compile(r"-?\d+\.?\d*")
 
@@ -41,6 +42,7 @@ class Task:
         word: what the words of its list begin with ("answer" of answer1, answer2, ...); empty for true/false.
         max_words: how many there can be at most; an item can have fewer.
         opening: what stands before an item's question.
+        cloze: how lm-evaluation-harness asks it, where that is a question which a choice's text answers; empty for others.
         max_new_tokens: how long the authors let a reply become.
         test_size: items of the published test set.
     """
@@ -50,6 +52,7 @@ class Task:
     word: str = ""
     max_words: int = 0
     opening: str = ""
+    cloze: str = ""
     max_new_tokens: int
     test_size: int | None
 
@@ -66,13 +69,14 @@ class Task:
         return tuple(f"{self.word}{n}" for n in range(1, self.max_words + 1)) if self.word else ("true", "false")
 
 
-def _choice(name: str, word: str, max_words: int, opening: str, test_size: int) -> Task:
+def _choice(name: str, word: str, max_words: int, opening: str, test_size: int, cloze: str = "") -> Task:
     return Task(
         name=name,
         rule="word",
         word=word,
         max_words=max_words,
         opening=opening,
+        cloze=cloze,
         max_new_tokens=4,
         test_size=test_size,
     )
@@ -83,9 +87,10 @@ def _arithmetic(name: str, test_size: int | None, rule: AnswerRule = "number") -
 
 
 _CHOOSE_ANSWER = "Please choose the correct answer to the question: "
+_QUESTION = "Question: {question}\nAnswer:"
 COMMONSENSE = (
     _choice("boolq", "", 2, "Please answer the following question with true or false, question: ", 3270),
-    _choice("piqa", "solution", 2, "Please choose the correct solution to the question: ", 1838),
+    _choice("piqa", "solution", 2, "Please choose the correct solution to the question: ", 1838, _QUESTION),
     _choice("social_i_qa", "answer", 5, _CHOOSE_ANSWER, 1954),
     _choice("hellaswag", "ending", 4, "Please choose the correct ending to complete the given sentence: ", 10042),
     _choice(
@@ -95,9 +100,9 @@ COMMONSENSE = (
         "Please choose the correct answer to fill in the blank to complete the given sentence: ",
         1267,
     ),
-    _choice("ARC-Easy", "answer", 5, _CHOOSE_ANSWER, 2376),
-    _choice("ARC-Challenge", "answer", 5, _CHOOSE_ANSWER, 1172),
-    _choice("openbookqa", "answer", 5, _CHOOSE_ANSWER, 500),
+    _choice("ARC-Easy", "answer", 5, _CHOOSE_ANSWER, 2376, _QUESTION),
+    _choice("ARC-Challenge", "answer", 5, _CHOOSE_ANSWER, 1172, _QUESTION),
+    _choice("openbookqa", "answer", 5, _CHOOSE_ANSWER, 500, "{question}"),
 )
 ARITHMETIC = (
     _arithmetic("MultiArith", 600),
@@ -180,6 +185,45 @@ def instruction(task: Task, question: str, choices: Sequence[str] = ()) -> str:
     # the one task whose format stands on the line of its choices
     before_format = " " if task.word == "option" else "\n\n"
     return f"{task.opening}{question}\n\n{' '.join(offered)}{before_format}{answer_format}"
+
+
+def question_and_choices(task: Task, item: Item) -> tuple[str, list[str]]:
+    """The inverse of `instruction`: what is asked, and the texts to choose from, in the order of `item.words`.
+
+    Raises:
+        PerftError: the instruction is not worded as `instruction` words it.
+    """
+    between = _BLANK_LINE if task.word == "solution" else " "
+    before_format = " " if task.word == "option" else _BLANK_LINE
+    body = item.instruction.removeprefix(task.opening).rpartition(f"{before_format}Answer format:")[0]
+    question, choices, rest = "", [], body
+    for number, word in enumerate(item.words):
+        before, found, rest = rest.partition(f"{between if number else _BLANK_LINE}{word.capitalize()}: ")
+        if not found:
+            break
+        if number:
+            choices.append(before)
+        else:
+            question = before
+    choices.append(rest)
+    if len(choices) != len(item.words) or instruction(task, question, choices) != item.instruction:
+        raise PerftError(
+            f"{task.name}: question and choices cannot be told from the instruction {item.instruction[:80]!r}..., which is not "
+            "worded as the data of LLM-Adapters"
+        )
+    return question, choices
+
+
+def cloze_prompt(task: Task, question: str) -> str:
+    """The question as lm-evaluation-harness asks it; a blank and a choice's text go on from there.
+
+    Raises:
+        PerftError: it asks this task in no such way.
+    """
+    if not task.cloze:
+        asked = ", ".join(each.name for each in TASKS.values() if each.cloze)
+        raise PerftError(f"{task.name} cannot be asked as a cloze; {asked} can")
+    return task.cloze.format(question=question)
 
 
 def record(task: Task, question: str, choices: Sequence[str], gold: int) -> dict[str, str]:

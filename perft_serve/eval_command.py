@@ -62,6 +62,11 @@ def add_eval(commands: Any) -> None:
         help="take the likeliest choice instead of generating a reply (tasks of choices only)",
     )
     parser.add_argument(
+        "--cloze",
+        action="store_true",
+        help="ask the bare question and take the likeliest text, as lm-evaluation-harness does (piqa, ARC, openbookqa)",
+    )
+    parser.add_argument(
         "--num-beams", type=int, default=4, metavar="N", help="beams; 1 is greedy (default 4, as in the paper)"
     )
     parser.add_argument(
@@ -122,6 +127,7 @@ def _refuse_without_model(args: argparse.Namespace) -> None:
             "--split": args.split,
             "--limit": args.limit,
             "--score": args.score,
+            "--cloze": args.cloze,
             "--max-new-tokens": args.max_new_tokens,
             "--output": args.output,
         }.items()
@@ -150,7 +156,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Table]]:
     )
 
     from perft.report import describe_adapter
-    from perft.scores import average, compare, score_tasks, write_results
+    from perft.scores import answer_bits, average, compare, normalised, score_tasks, write_results
     from perft.tasks import load_task, select_tasks
     from perft_serve.evaluation import EvalSettings, draw, evaluate
     from perft_serve.llm import LLM
@@ -164,8 +170,10 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Table]]:
     for name in args.compare or ():
         if name not in models:
             raise PerftError(f"--compare: {name!r} is not evaluated here; there are {', '.join(models)}")
+    if args.score and args.cloze:
+        raise PerftError("--score and --cloze are two ways to ask; give one")
     settings = EvalSettings(
-        mode="score" if args.score else "generate",
+        mode="cloze" if args.cloze else "score" if args.score else "generate",
         num_beams=args.num_beams,
         max_new_tokens=args.max_new_tokens,
         limit=args.limit,
@@ -212,6 +220,15 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Table]]:
         },
     }
     tables = [score_table(scores, averages)]
+    if settings.mode == "cloze":
+        by_length = score_tasks(normalised(examples))
+        for model, entry in results["models"].items():
+            its = [example for example in examples if example.model == model]
+            bits = {task: answer_bits([e for e in its if e.task == task], args.seed) for task in scores[model]}
+            entry["tasks_norm"] = {task: asdict(score) for task, score in by_length[model].items()}
+            entry["average_norm"] = asdict(average(list(by_length[model].values()), args.seed))
+            entry["answer_bits"] = {task: asdict(mean) for task, mean in bits.items() if mean is not None}
+        tables.append(cloze_table(by_length, results["models"]))
     if args.compare:
         sides = [[example for example in examples if example.model == name] for name in args.compare]
         comparison = compare(*sides, seed=args.seed)
@@ -230,6 +247,23 @@ def score_table(scores: dict[str, dict[str, Score]], averages: dict[str, Score])
     table = Table("model", *tasks, "average", title="accuracy, % (95 % interval: +-)")
     for model, by_task in scores.items():
         table.add_row(model, *(_percent(by_task[task]) for task in tasks), _percent(averages[model]))
+    return table
+
+
+def cloze_table(by_length: dict[str, dict[str, Score]], models: dict[str, Any]) -> Table:
+    """What else the likelihoods say: accuracy by log-probability per character, and bits per character of the right texts."""
+    from rich.table import Table
+
+    tasks = list(next(iter(by_length.values())))
+    table = Table(
+        *("model", *(f"{task}, %" for task in tasks), *(f"{task}, bits" for task in tasks)),
+        title="accuracy by likelihood per character; bits per character of the right answer",
+    )
+    for model, scores in by_length.items():
+        bits = models[model]["answer_bits"]
+        table.add_row(
+            model, *(_percent(scores[task]) for task in tasks), *(f"{bits[task]['value']:.3f}" for task in tasks)
+        )
     return table
 
 

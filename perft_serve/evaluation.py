@@ -3,8 +3,10 @@
 In: an `LLM`, which of its adapters, items of tasks. Out: an `Example` for each question and model. Prompts and answer rules
 are `perft.tasks`'; what the examples say together is `perft.scores`'. Knows no HTTP.
 
-Two ways to an answer: `generate`, as in the paper (beam search over four beams, short replies, the answer by regular
-expression), and `score`, which takes the choice that the model finds likeliest and always has an answer.
+Three ways to an answer: `generate`, as in the paper (beam search over four beams, short replies, the answer by regular
+expression); `score`, which takes the word of the paper's prompt (answer1, answer2, ...) that the model finds likeliest and
+always has an answer; and `cloze`, which asks the bare question as lm-evaluation-harness does and takes the likeliest text. A
+small model that has never been taught the paper's answer format is at chance in the first two and need not be in the third.
 """
 
 from __future__ import annotations
@@ -16,7 +18,18 @@ from typing import Literal
 
 from perft.errors import PerftError
 from perft.scores import Example
-from perft.tasks import COMMONSENSE_ENDING, NO_ANSWER, Item, Task, TaskData, extract_answer, is_correct, prompt
+from perft.tasks import (
+    COMMONSENSE_ENDING,
+    NO_ANSWER,
+    Item,
+    Task,
+    TaskData,
+    cloze_prompt,
+    extract_answer,
+    is_correct,
+    prompt,
+    question_and_choices,
+)
 from perft_serve.beam import beam_search
 from perft_serve.engine.params import SamplingParams
 from perft_serve.llm import LLM
@@ -24,7 +37,7 @@ from perft_serve.llm import LLM
 BASE = "base"
 """What the base is called among the models."""
 
-Mode = Literal["generate", "score"]
+Mode = Literal["generate", "score", "cloze"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +45,8 @@ class EvalSettings:
     """How to evaluate; the defaults are the paper's.
 
     Args:
-        mode: `generate` a reply, or `score` the choices (tasks of choices only).
+        mode: `generate` a reply, `score` the choices' words (tasks of choices only), or score their texts (`cloze`: PIQA, ARC,
+            OpenBookQA).
         num_beams: of the search for a reply; 1 is greedy.
         max_new_tokens: of a reply; `None`: what the authors let the task have.
         limit: of each task, so many questions, drawn by `seed`; `None`: all.
@@ -114,6 +128,9 @@ def evaluate(
     """
     if llm.tokenizer is None:
         raise PerftError(f"the base {llm.config.model!r} has no tokenizer, which evaluation needs")
+    if settings.mode == "cloze":
+        for data in tasks:
+            cloze_prompt(data.task, "")  # refuses the tasks that have none
     if settings.mode == "score":
         unfit = [data.task.name for data in tasks if not data.task.is_choice]
         if unfit:
@@ -124,7 +141,7 @@ def evaluate(
         for index in draw(data, settings.limit, settings.seed)
         for model in models  # the models side by side, so that batches are mixed
     ]
-    answer = _score if settings.mode == "score" else _generate
+    answer = {"generate": _generate, "score": _score, "cloze": _cloze}[settings.mode]
     examples: list[Example] = []
     # a search ends its batch together, so a batch is what fits at once; what is greedy flows, and the batch only bounds memory
     at_once = llm.config.max_num_seqs // settings.num_beams if settings.mode == "generate" else llm.config.max_num_seqs
@@ -173,21 +190,64 @@ def _generate(llm: LLM, batch: Sequence[_Question], settings: EvalSettings) -> I
 
 
 def _score(llm: LLM, batch: Sequence[_Question], settings: EvalSettings) -> Iterator[Example]:
-    """The likeliest word after the prompt; its tokens are those of the whole text that are not the prompt's."""
+    """The likeliest word after the paper's prompt."""
+    asked = [(question.prompt, [f" {word}" for word in question.item.words]) for question in batch]
+    for question, sums in zip(batch, _log_likelihoods(llm, batch, asked), strict=True):
+        yield _choice(question, sums)
+
+
+def _cloze(llm: LLM, batch: Sequence[_Question], settings: EvalSettings) -> Iterator[Example]:
+    """The likeliest text after the bare question."""
+    asked, lengths = [], []
+    for question in batch:
+        bare, choices = question_and_choices(question.task, question.item)
+        asked.append((cloze_prompt(question.task, bare), [f" {choice}" for choice in choices]))
+        lengths.append([len(choice) for choice in choices])
+    for question, sums, its_lengths in zip(batch, _log_likelihoods(llm, batch, asked), lengths, strict=True):
+        yield _choice(question, sums, dict(zip(question.item.words, its_lengths, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sums:
+    """Of one question: the log-probability of each continuation, the tokens before it, and whether any text lost its
+    beginning."""
+
+    sums: list[float]
+    num_prompt_tokens: int
+    truncated: bool
+
+
+def _choice(question: _Question, found: _Sums, lengths: dict[str, int] | None = None) -> Example:
+    scores = dict(zip(question.item.words, found.sums, strict=True))
+    return question.example(
+        max(scores, key=scores.__getitem__) if scores else NO_ANSWER,
+        scores=scores,
+        choice_lengths=lengths,
+        num_prompt_tokens=found.num_prompt_tokens,
+        truncated=found.truncated,
+    )
+
+
+def _log_likelihoods(
+    llm: LLM, batch: Sequence[_Question], asked: Sequence[tuple[str, Sequence[str]]]
+) -> Iterator[_Sums]:
+    """What each question's model gives each continuation of its prompt: its tokens are those of the whole text that are not
+    the prompt's."""
     prompts: list[list[int]] = []
     starts: list[int] = []
     cut: list[bool] = []
-    for question in batch:
-        before, _ = _encode(llm, question.prompt, None)
-        for word in question.item.words:
-            ids, _ = _encode(llm, f"{question.prompt} {word}", None)
+    for before_text, continuations in asked:
+        before, _ = _encode(llm, before_text, None)
+        for continuation in continuations:
+            ids, _ = _encode(llm, before_text + continuation, None)
             start = _shared(before, ids)
             too_many = max(0, len(ids) - llm.engine.limits.max_model_len)
             prompts.append(ids[too_many:])
             starts.append(start - too_many)
             cut.append(too_many > 0)
     params = SamplingParams(max_tokens=0, prompt_logprobs=0, temperature=0.0)
-    adapters = [question.adapter for question in batch for _ in question.item.words]
+    counts = [len(continuations) for _, continuations in asked]
+    adapters = [question.adapter for question, count in zip(batch, counts, strict=True) for _ in range(count)]
     outputs = llm.generate(prompts, params, adapter=adapters)
     sums = []
     for output, start in zip(outputs, starts, strict=True):
@@ -196,16 +256,10 @@ def _score(llm: LLM, batch: Sequence[_Question], settings: EvalSettings) -> Iter
         entries = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)
         sums.append(sum(entry[token_id] for token_id, entry in entries if entry is not None))
     place = 0
-    for question in batch:
-        words = question.item.words
-        scores = dict(zip(words, sums[place : place + len(words)], strict=True))
-        yield question.example(
-            max(scores, key=scores.__getitem__) if scores else NO_ANSWER,
-            scores=scores,
-            num_prompt_tokens=starts[place],
-            truncated=any(cut[place : place + len(words)]),
-        )
-        place += len(words)
+    for count in counts:
+        own = slice(place, place + count)
+        yield _Sums(sums=sums[own], num_prompt_tokens=starts[place], truncated=any(cut[own]))
+        place += count
 
 
 def _encode(llm: LLM, text: str, room: int | None) -> tuple[list[int], bool]:

@@ -123,6 +123,61 @@ def test_choices_are_scored_as_the_model_scores_them(llm: LLM, wide_base: Path, 
         assert example.correct == (example.predicted == example.answer)
 
 
+def test_clozes_are_scored_as_the_harness_scores_them(
+    llm: LLM, wide_base: Path, tiny_adapters: Mapping[str, str], data: Path
+) -> None:
+    """lm-eval's definition, computed by Transformers and PEFT: the context is encoded, then context and continuation, and what
+    comes beyond the context's tokens is summed; `acc_norm` divides by the choice's characters."""
+    task_data = load_task(TASKS["piqa"], data)
+    found = evaluate(llm, ["base", "routed"], [task_data], EvalSettings(mode="cloze"))
+    assert len(found) == 2 * NUM_PIQA
+    tokenizer = AutoTokenizer.from_pretrained(wide_base)
+    for name in ("base", "routed"):
+        model = AutoModelForCausalLM.from_pretrained(wide_base, dtype=torch.float32)
+        if name != "base":
+            model = PeftModel.from_pretrained(model, tiny_adapters[name])
+        for example in [each for each in found if each.model == name][:2]:
+            n = example.index
+            choices = {"solution1": "Boil water.", "solution2": f"Boil {n}."}
+            assert example.choice_lengths == {word: len(choice) for word, choice in choices.items()}
+            assert example.scores is not None
+            context = f"Question: Make tea number {n}.\nAnswer:"
+            first = len(tokenizer(context)["input_ids"])
+            for word, choice in choices.items():
+                ids = tokenizer(f"{context} {choice}")["input_ids"]
+                with torch.no_grad():
+                    logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                expected = sum(logprobs[place - 1, ids[place]].item() for place in range(first, len(ids)))
+                assert example.scores[word] == pytest.approx(expected, abs=1e-3)
+            assert example.predicted == max(example.scores, key=example.scores.__getitem__)
+            assert example.correct == (example.predicted == example.answer)
+    with pytest.raises(PerftError, match="boolq cannot be asked as a cloze"):
+        evaluate(llm, ["base"], [load_task(TASKS["boolq"], data)], EvalSettings(mode="cloze"))
+
+
+def test_the_command_asks_clozes(
+    wide_base: Path, tiny_adapters: Mapping[str, str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    command = ["eval", "--model", str(wide_base), "--adapter", f"one={tiny_adapters['routed']}", "--data", str(data)]
+    command += ["--tasks", "piqa", "--dtype", "float32", "--kv-memory", "16M", "--output", out]
+    assert main([*command, "--score", "--cloze"]) == 2
+    assert "give one" in capsys.readouterr().err
+    assert main([*command, "--cloze"]) == 0
+    assert "bits per character" in capsys.readouterr().out
+    models = json.loads((tmp_path / "out/results.json").read_text())["models"]
+    for name, entry in models.items():
+        its = read_examples(f"{out}:{name}")
+        assert entry["tasks"]["piqa"]["accuracy"] == sum(example.correct for example in its) / NUM_PIQA
+        right = sum(
+            max(example.scores, key=lambda word, e=example: e.scores[word] / e.choice_lengths[word]) == example.answer
+            for example in its
+        )
+        assert entry["tasks_norm"]["piqa"]["accuracy"] == right / NUM_PIQA
+        assert entry["answer_bits"]["piqa"]["low"] < entry["answer_bits"]["piqa"]["value"]
+    assert models["base"]["answer_bits"] != models["one"]["answer_bits"]
+
+
 @pytest.mark.parametrize("settings", [EvalSettings(num_beams=1), EvalSettings(num_beams=3), EvalSettings(mode="score")])
 def test_models_side_by_side_answer_as_they_do_alone(llm: LLM, data: Path, settings: EvalSettings) -> None:
     tasks = [load_task(TASKS[name], data) for name in ("piqa", "boolq")]

@@ -13,9 +13,11 @@ import pytest
 from perft.errors import PerftError
 from perft.scores import (
     Example,
+    answer_bits,
     average,
     compare,
     mcnemar,
+    normalised,
     read_examples,
     read_results,
     score_tasks,
@@ -45,6 +47,42 @@ def examples(model: str, right: Sequence[bool], task: str = "piqa") -> list[Exam
 def test_wilson_as_published(correct: int, total: int, low: float, high: float) -> None:
     """The values of Newcombe (Statistics in Medicine 17, 1998), table I, and their mirror image."""
     assert wilson(correct, total) == pytest.approx((low, high), abs=1e-4)
+
+
+def cloze(index: int, answer: str, scores: Sequence[float], lengths: Sequence[int]) -> Example:
+    words = ("solution1", "solution2")
+    by_word = dict(zip(words, scores, strict=True))
+    predicted = max(words, key=by_word.__getitem__)
+    return Example(
+        model="base",
+        task="piqa",
+        index=index,
+        answer=answer,
+        predicted=predicted,
+        correct=predicted == answer,
+        scores=by_word,
+        choice_lengths=dict(zip(words, lengths, strict=True)),
+    )
+
+
+def test_likelihood_per_character() -> None:
+    short_wins = cloze(0, "solution2", [-8.0, -12.0], [4, 12])  # -2 and -1 a character
+    clear = cloze(1, "solution1", [-3.0, -9.0], [3, 3])
+    assert [example.correct for example in (short_wins, clear)] == [False, True]
+    found = normalised([short_wins, clear, *examples("base", [True])])
+    assert [(each.index, each.predicted, each.correct) for each in found] == [
+        (0, "solution2", True),
+        (1, "solution1", True),
+    ]
+    bits = answer_bits([short_wins, clear])
+    assert bits is not None
+    assert bits.value == pytest.approx((12 + 3) / (12 + 3) / np.log(2))
+    # both questions have one nat a character, so no resampling changes anything
+    assert (bits.low, bits.high) == pytest.approx((bits.value, bits.value))
+    mixed = answer_bits([cloze(n, "solution1", [-float(n % 5), -9.0], [3, 3]) for n in range(50)])
+    assert mixed is not None
+    assert mixed.low < mixed.value < mixed.high
+    assert answer_bits(examples("base", [True, False])) is None
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 0), (6, 2), (2, 6), (4, 4)])

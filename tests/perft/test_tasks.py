@@ -12,11 +12,13 @@ from perft.tasks import (
     NO_ANSWER,
     TASKS,
     Item,
+    cloze_prompt,
     extract_answer,
     instruction,
     is_correct,
     load_task,
     prompt,
+    question_and_choices,
     record,
     select_tasks,
 )
@@ -60,6 +62,29 @@ QUESTIONS = {
 def test_items_are_worded_as_in_the_papers_data(name: str) -> None:
     text, choices = WORDED[name]
     assert instruction(TASKS[name], QUESTIONS[name], choices) == text
+
+
+@pytest.mark.parametrize("name", [name for name in WORDED if name != "boolq"])
+@pytest.mark.parametrize("blanks", ["", " "])
+def test_question_and_choices_are_found_again(name: str, blanks: str) -> None:
+    task, choices = TASKS[name], [choice + blanks for choice in WORDED[name][1]]
+    text = instruction(task, QUESTIONS[name], choices)
+    item = Item(instruction=text, input="", answer=task.words[0], words=task.words[: len(choices)])
+    assert question_and_choices(task, item) == (QUESTIONS[name], choices)
+    for spoilt in (text.replace("1: ", "1 "), text.replace("Please", "please"), text.removesuffix(task.words[0])[:-9]):
+        with pytest.raises(PerftError, match="cannot be told from the instruction"):
+            question_and_choices(task, Item(instruction=spoilt, input="", answer="", words=item.words))
+
+
+def test_clozes_are_those_of_the_harness() -> None:
+    """Its templates of piqa, arc_easy and openbookqa (lm-eval 0.4); a blank and the choice follow."""
+    assert cloze_prompt(TASKS["piqa"], "Dry a cup.") == "Question: Dry a cup.\nAnswer:"
+    assert cloze_prompt(TASKS["ARC-Easy"], "Why {x}?") == "Question: Why {x}?\nAnswer:"
+    assert cloze_prompt(TASKS["openbookqa"], "The sun is") == "The sun is"
+    with pytest.raises(
+        PerftError, match="hellaswag cannot be asked as a cloze; piqa, ARC-Easy, ARC-Challenge, openbookqa"
+    ):
+        cloze_prompt(TASKS["hellaswag"], "A man")
 
 
 def test_a_record_says_the_answer_twice() -> None:
