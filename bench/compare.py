@@ -7,6 +7,9 @@ Everybody generates the same number of tokens from the same prompts, greedily, i
 cores; no prompt is asked twice. First each peer's greedy text is held against ours: it must serve the same model. All servers
 of a model are started once and take turns, round by round in changing order; whoever is not being measured is stopped by a
 signal (ours is not: it sleeps when it has nothing to do, and its supervisor would take the stop for a hang).
+
+With `--adapters 4` everything is measured a second time with each stream on one of so many adapters: ours on routed ones
+(PERFT-R), a peer that can on LoRA adapters of the same rank on its attention, which is less work; the others are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -41,8 +44,8 @@ from harness import (
     surroundings,
     write_result,
 )
-from models import Model, find_model
-from peers import MAX_MODEL_LEN, PEERS, Peer
+from models import AdapterMaker, Model, find_model, make_loras
+from peers import MAX_MODEL_LEN, PEERS, Peer, convert_lora_to_gguf
 
 OURS = "ours"
 CHECKED_PROMPTS, CHECKED_TOKENS = 16, 16
@@ -63,6 +66,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=48, help="output tokens of each request")
     parser.add_argument("--rounds", type=int, default=5, help="how often each server is measured")
     parser.add_argument("--requests-per-stream", type=int, default=2, help="one after the other (4 with one stream)")
+    parser.add_argument(
+        "--adapters", type=int, default=0, help="measure with so many adapters in turn as well (default 0: not)"
+    )
     parser.add_argument("--threads", type=int, default=num_cores(), help="for servers that want to be told")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS / "compare.jsonl", help="JSON Lines file to append to")
@@ -76,6 +82,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unknown peers: {', '.join(unknown)}; there are {', '.join(PEERS)}")
     if min(options.max_tokens, options.rounds, options.requests_per_stream, *options.concurrency) < 1:
         parser.error("numbers must be at least 1")
+    if options.adapters < 0:
+        parser.error("--adapters must be at least 0")
     return options
 
 
@@ -102,14 +110,19 @@ def compare(
     slots = max(options.concurrency)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         clients: dict[str, Client] = {}
+        adapters = _make_adapters(model, peers, options.adapters, Path(folder))
         for peer in peers:
             clients[peer.name] = stack.enter_context(
-                running_peer(peer, model, Path(folder) / f"{peer.name}.log", options.threads, slots)
+                running_peer(
+                    peer, model, Path(folder) / f"{peer.name}.log", options.threads, slots, adapters.get(peer.name, {})
+                )
             )
             _process(clients[peer.name]).freeze()
         log = Path(folder) / "ours.log"
         settings = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(max(64, slots))]
-        ours = stack.enter_context(running_server(str(model.folder), log, options=settings))
+        ours = stack.enter_context(
+            running_server(str(model.folder), log, adapters=adapters.get(OURS, {}), options=settings)
+        )
         clients[OURS] = ours
 
         correctness = {
@@ -117,45 +130,79 @@ def compare(
         }
         idle = _idle_cores(ours)
         for concurrency in options.concurrency:
-            print(f" {concurrency} streams", flush=True)
-            series = _measure(clients, concurrency, options)
-            print_table(series)
-            ratios = {f"{OURS}/{peer.name}": ratio(series, OURS, peer.name) for peer in peers}
-            result = {
-                "bench": "compare",
-                **around,
-                "settings": {
-                    "model": model.name,
-                    "concurrency": concurrency,
-                    "max_tokens": options.max_tokens,
-                    "requests": _num_requests(concurrency, options),
-                    "rounds": options.rounds,
-                    "dtype": "bfloat16",
-                    "seed": options.seed,
-                },
-                "skipped": list(skipped),
-                "correctness": correctness,
-                "idle_cores_ours": idle,
-                **{name: one.summary() for name, one in series.items()},
-                "ratios": {**ratios, f"{OURS}/best peer": min(ratios.values(), default=None)},
-            }
-            write_result(options.results, result)
+            for with_adapters in (False, True) if options.adapters else (False,):
+                names = (
+                    {name: list(adapters[name]) for name in adapters}
+                    if with_adapters
+                    else {name: [None] for name in clients}
+                )
+                print(f" {concurrency} streams{' on adapters' if with_adapters else ''}", flush=True)
+                series = _measure({name: clients[name] for name in names}, names, concurrency, options)
+                print_table(series)
+                ratios = {f"{OURS}/{name}": ratio(series, OURS, name) for name in names if name != OURS}
+                result = {
+                    "bench": "compare",
+                    **around,
+                    "settings": {
+                        "model": model.name,
+                        "concurrency": concurrency,
+                        "adapters": options.adapters if with_adapters else 0,
+                        "max_tokens": options.max_tokens,
+                        "requests": _num_requests(concurrency, options),
+                        "rounds": options.rounds,
+                        "dtype": "bfloat16",
+                        "seed": options.seed,
+                    },
+                    "skipped": [*skipped, *(set(clients) - set(names))],
+                    "correctness": correctness,
+                    "idle_cores_ours": idle,
+                    **{name: one.summary() for name, one in series.items()},
+                    "ratios": {**ratios, f"{OURS}/best peer": min(ratios.values(), default=None)},
+                }
+                write_result(options.results, result)
+
+
+def _make_adapters(model: Model, peers: Sequence[Peer], count: int, folder: Path) -> dict[str, dict[str, Path]]:
+    """Random adapters of rank 8 for everyone who can serve them, by server and by name: routed ones for us, LoRA for peers."""
+    if not count:
+        return {}
+    adapters = {OURS: AdapterMaker(model.folder).make(count, folder)}
+    able = [peer for peer in peers if peer.serves_loras]
+    if able:
+        files = {}
+        for name, path in make_loras(model.folder, count, folder).items():
+            files[name] = folder / f"{name}.gguf"
+            convert_lora_to_gguf(path, model.portable(), files[name])
+        adapters |= {peer.name: files for peer in able}
+    return adapters
 
 
 @contextlib.contextmanager
-def running_peer(peer: Peer, model: Model, log: Path, threads: int, slots: int) -> Iterator[Client]:
+def running_peer(
+    peer: Peer, model: Model, log: Path, threads: int, slots: int, loras: Mapping[str, Path]
+) -> Iterator[Client]:
     """A peer's server on a model, until the end of the block."""
     port = free_port()
     folder = model.portable()
     gguf = model.gguf if peer.uses_gguf else Path()
     process = Process(
-        peer.serve(peer.env, folder, gguf, port, threads, slots), {"HF_HUB_OFFLINE": "1", **peer.environ}, log
+        [*peer.serve(peer.env, folder, gguf, port, threads, slots), *map(str, loras.values())],
+        {"HF_HUB_OFFLINE": "1", **peer.environ},
+        log,
     )
     try:
         url = f"http://127.0.0.1:{port}"
         start = time.monotonic()
         process.wait_until_healthy(url + peer.health)
-        client = Client(url, peer.model_id or str(folder), route="/v1/completions", fields=peer.fields, process=process)
+        numbers = list(loras)
+        client = Client(
+            url,
+            peer.model_id or str(folder),
+            route="/v1/completions",
+            fields=peer.fields,
+            adapter_fields=lambda name: {"lora": [{"id": numbers.index(name), "scale": 1.0}]},
+            process=process,
+        )
         client.run(make_jobs([None], 2, -2), 4)
         print(f"  {peer.name} {peer.version()} serves after {time.monotonic() - start:.0f} s", flush=True)
         yield client
@@ -191,15 +238,20 @@ def check(ours: Client, theirs: Client, peer: Peer, *, seed: int, slots: int) ->
     return result
 
 
-def _measure(clients: dict[str, Client], concurrency: int, options: argparse.Namespace) -> dict[str, Series]:
+def _measure(
+    clients: Mapping[str, Client],
+    adapters: Mapping[str, Sequence[str | None]],
+    concurrency: int,
+    options: argparse.Namespace,
+) -> dict[str, Series]:
     requests = _num_requests(concurrency, options)
 
     def run(name: str, index: int) -> Run:
         client = clients[name]
         seed = options.seed + 1000 * concurrency + index
         with contextlib.nullcontext() if name == OURS else _awake(client):
-            client.run(make_jobs([None], concurrency, -3 - seed), 2)
-            return client.run(make_jobs([None], requests, seed), options.max_tokens, concurrency)
+            client.run(make_jobs(adapters[name], concurrency, -3 - seed), 2)
+            return client.run(make_jobs(adapters[name], requests, seed), options.max_tokens, concurrency)
 
     return measure({name: partial(run, name) for name in clients}, options.rounds)
 

@@ -220,6 +220,7 @@ class Client:
         base: the base model's name in requests.
         route: `/v1/completions` or `/v1/chat/completions`.
         fields: of the body, beside the common ones.
+        adapter_fields: what of the body names an adapter (default: the model's name is the adapter's).
         process: the server's, to count its processor time.
     """
 
@@ -230,6 +231,7 @@ class Client:
         *,
         route: str = "/v1/completions",
         fields: Mapping[str, object] | None = None,
+        adapter_fields: Callable[[str], Mapping[str, object]] | None = None,
         process: Process | None = None,
     ) -> None:
         self.url = url
@@ -237,6 +239,7 @@ class Client:
         self.process = process
         self._route = route
         self._fields = {"ignore_eos": True} if fields is None else dict(fields)
+        self._adapter_fields = adapter_fields or (lambda name: {"model": name})
         self._host, _, port = url.removeprefix("http://").rpartition(":")
         self._port = int(port)
 
@@ -291,7 +294,10 @@ class Client:
         else:
             asked = {"prompt": job.prompt}
         common = {"max_tokens": max_tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-        body = json.dumps({"model": job.adapter or self.base, **asked, **common, **self._fields}).encode()
+        named = (
+            {"model": self.base} if job.adapter is None else {"model": self.base, **self._adapter_fields(job.adapter)}
+        )
+        body = json.dumps({**named, **asked, **common, **self._fields}).encode()
         head = (
             f"POST {self._route} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

@@ -1,6 +1,7 @@
 """llama.cpp's server on a GGUF file, run by `peers.py` in llama.cpp's own environment.
 
-Arguments: GGUF file, port, threads, slots (requests at once; each has the context length below). It serves until it is stopped.
+Arguments: GGUF file, port, threads, slots (requests at once; each has the context length below), then GGUF files of LoRA
+adapters, which a request names by their number (`"lora": [{"id": 0, "scale": 1.0}]`). It serves until it is stopped.
 """
 
 import sys
@@ -19,6 +20,13 @@ params.n_ctx = CONTEXT * slots
 params.cache_ram_mib = 0  # no prompt is asked twice: nothing to keep
 params.cpuparams.n_threads = threads
 params.cpuparams_batch.n_threads = threads
+adapters = []
+for path in sys.argv[5:]:
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = path, 0.0
+    adapters.append(adapter)
+params.lora_adapters = adapters
+params.lora_init_without_apply = True
 server = xllamacpp.Server(params)
 print("listening on", server.listening_address, flush=True)
 threading.Event().wait()

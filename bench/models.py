@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from harness import CACHE
 from peers import convert_to_gguf
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, OlmoeConfig, OlmoeForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, OlmoeConfig, OlmoeForCausalLM
 
 import perft
 from perft.adapter import LayerTensors, write_adapter
@@ -176,6 +177,24 @@ class AdapterMaker:
             self._noise = torch.randn(count + spread, generator=self._rng)
         start = (index * 7_919 + place * 104_729) % spread
         return (self._noise[start : start + count] * std).to(torch.bfloat16).reshape(shape)
+
+
+def make_loras(model: Path, count: int, folder: Path, *, r: int = 8) -> dict[str, Path]:
+    """`count` random LoRA adapters on all attention projections, for servers that have no routed ones: sub-folders by name."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    made = {}
+    for index in range(count):
+        torch.manual_seed(index)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        adapted = get_peft_model(
+            base,
+            LoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"),
+        )
+        path = folder / f"random-lora-{index}"
+        adapted.save_pretrained(path)
+        made[path.name] = path
+        base = adapted.unload()
+    return made
 
 
 def find_adapters(folder: Path) -> dict[str, Path]:

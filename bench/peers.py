@@ -46,6 +46,7 @@ class Peer:
         installs: arguments of `pip install`, one call each, in this order (torch first: pip must not choose its build anew).
         finish: what is left to do in the new environment.
         serve: environment, model folder, GGUF file, port, threads, slots -> command line.
+        serves_loras: it takes files of LoRA adapters (GGUF) as further arguments, and a request names them by number.
         environ: environment variables of the server.
         uses_gguf: it serves the model's GGUF file.
         fields: of the request's body, beside the common ones: what makes it generate exactly `max_tokens` tokens.
@@ -61,6 +62,7 @@ class Peer:
     serve: Callable[[Path, Path, Path, int, int, int], list[str]]
     environ: Mapping[str, str] = field(default_factory=dict)
     uses_gguf: bool = False
+    serves_loras: bool = False
     fields: Mapping[str, object] = field(default_factory=dict)
     health: str = "/health"
     model_id: str | None = "m"
@@ -202,6 +204,7 @@ PEERS = {
             finish=_fetch_converter,
             serve=_serve_llamacpp,
             uses_gguf=True,
+            serves_loras=True,
             fields={"ignore_eos": True, "cache_prompt": False},
         ),
         Peer(
@@ -220,14 +223,23 @@ PEERS = {
 
 def convert_to_gguf(model: Path, gguf: Path) -> None:
     """The bf16 GGUF file of a model folder, made by llama.cpp's own converter once and kept."""
-    if gguf.exists():
-        return
+    if not gguf.exists():
+        _convert("convert_hf_to_gguf.py", gguf, str(model), "--outtype", "bf16")
+
+
+def convert_lora_to_gguf(adapter: Path, model: Path, gguf: Path) -> None:
+    """The same of a LoRA adapter, in float32 as llama.cpp wants it."""
+    if not gguf.exists():
+        _convert("convert_lora_to_gguf.py", gguf, str(adapter), "--base", str(model))
+
+
+def _convert(script: str, gguf: Path, *arguments: str) -> None:
     peer = PEERS["llamacpp"]
     sources = peer.env / LLAMA_SOURCES
     partial = gguf.with_suffix(".partial")
     gguf.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(
-        [peer.python, sources / "convert_hf_to_gguf.py", model, "--outfile", partial, "--outtype", "bf16"],
+        [peer.python, sources / script, *arguments, "--outfile", partial],
         env={**os.environ, "PYTHONPATH": str(sources / "gguf-py"), "HF_HUB_OFFLINE": "1"},
         check=True,
         stdout=subprocess.DEVNULL,
