@@ -32,8 +32,9 @@ install: $(INSTALLED) ## Make the environment (.venv) with everything in it.
 demo: $(INSTALLED) ## Build the demo base, serve it with the demo adapters, and print a curl line to try.
 	$(BIN)/perft-serve demo --base-dir $(DEMO_BASE)
 
+# A process per core, a test file in one of them. Threads that wait for each other must not take the cores from the others.
 test: $(INSTALLED) ## Run the tests (options for pytest: PYTEST_ARGS="-k house -x").
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 check: $(INSTALLED) ## Formatting, lint and types: everything that CI checks beside the tests.
 	$(BIN)/ruff format --check .

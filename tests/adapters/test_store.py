@@ -478,6 +478,7 @@ class TestPins:
         d.settle()
         lease = d.run(other)
         d.store.warm(make_ref("b"), pin=True)
+        d.settle()  # read before the next one is: both wait for room in this order
         d.store.warm(big, pin=True)
         d.settle()
         d.end(lease)

@@ -158,13 +158,10 @@ def test_a_token_does_not_depend_on_its_neighbours(backend: str, device: torch.d
     together = case.run((h, ids, weights), device)
     assert together[7].isnan().all()
     assert together[torch.arange(60) != 7].isfinite().all()
-    for first, last in ((0, 1), (8, 12), (59, 60)):
-        one = slice(first, last)
-        alone = case.run((h[one], ids[one], weights[one]), device)
-        rounding = 16 * torch.finfo(alone.dtype).eps if backend == "triton" and device.type == "cpu" else 0.0
-        torch.testing.assert_close(alone, together[one], rtol=rounding, atol=rounding)
-    rest = [t for t in range(60) if t != 7]
-    assert torch.equal(case.run((h[rest], ids[rest], weights[rest]), device), together[rest])
+    rounding = 16 * torch.finfo(together.dtype).eps if backend == "triton" and device.type == "cpu" else 0.0
+    for some in ([0], [8, 9, 10, 11], [59], [t for t in range(60) if t != 7]):
+        apart = case.run((h[some], ids[some], weights[some]), device)
+        torch.testing.assert_close(apart, together[some], rtol=rounding, atol=rounding)
 
 
 def test_large_activations(device: torch.device) -> None:
