@@ -89,21 +89,24 @@ def router(dtype: torch.dtype) -> None:
     )
 
 
-def units(dtype: torch.dtype, pool_dtype: torch.dtype, num_tokens: int, *, masked: bool = False) -> None:
+def units(
+    dtype: torch.dtype, pool_dtype: torch.dtype, num_tokens: int, *, out: int = 2048, masked: bool = False
+) -> None:
     """Forward; where tokens are so many that pairs are sorted, backward too."""
     from perft_kernels.gpu.routed_units import MAX_DECODE_TOKENS, routed_units, routed_units_backward
 
     h_TD = torch.zeros(num_tokens, 2048, dtype=dtype)
-    pool_SD = torch.zeros(128, 2048, dtype=pool_dtype)
+    y_TO = torch.zeros(num_tokens, out, dtype=dtype)
+    pool_SV = torch.zeros(128, min(out, 2048), dtype=pool_dtype)
     rows_E = torch.arange(8) * 16
     arguments = (
-        *(h_TD, torch.zeros(num_tokens, 2, dtype=torch.int64), torch.zeros(num_tokens, 2), pool_SD, pool_SD),
+        *(h_TD, torch.zeros(num_tokens, 2, dtype=torch.int64), torch.zeros(num_tokens, 2), pool_SV, pool_SV),
         *(rows_E, rows_E, torch.full((8,), 16), torch.ones(8), torch.ones(8, dtype=torch.bool)),
         torch.ones(num_tokens, 2, 16) if masked else None,
     )
-    routed_units(h_TD, *arguments)
+    routed_units(y_TO, *arguments)
     if num_tokens > MAX_DECODE_TOKENS:
-        routed_units_backward(h_TD, *arguments)
+        routed_units_backward(y_TO, *arguments)
 
 
 CALLS: dict[str, dict[str, Callable[[], Any]]] = {
@@ -120,6 +123,7 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
     "routed_units": {
         "bfloat16 64": lambda: units(torch.bfloat16, torch.bfloat16, 64),
         "bfloat16 300": lambda: units(torch.bfloat16, torch.bfloat16, 300),
+        "bfloat16 64 to 512": lambda: units(torch.bfloat16, torch.bfloat16, 64, out=512),
         "training": lambda: units(torch.bfloat16, torch.float32, 300, masked=True),
     },
 }

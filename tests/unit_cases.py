@@ -19,12 +19,12 @@ RMS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-
 class Case:
     """Inputs of one call."""
 
-    y_TD: Tensor
-    h_TD: Tensor
+    y_TO: Tensor
+    h_TI: Tensor
     ids_TX: Tensor
     weights_TX: Tensor
-    down_SD: Tensor
-    up_SD: Tensor
+    down_SV: Tensor
+    up_SV: Tensor
     down_row_E: Tensor
     up_row_E: Tensor
     rank_E: Tensor
@@ -40,37 +40,52 @@ class Case:
 
     def take(self, tokens: slice) -> Case:
         """Some of the tokens."""
-        names = ("y_TD", "h_TD", "ids_TX", "weights_TX", "mask_TXR")
+        names = ("y_TO", "h_TI", "ids_TX", "weights_TX", "mask_TXR")
         return replace(self, **{n: getattr(self, n)[tokens] for n in names if getattr(self, n) is not None})
 
 
 def make(
-    tokens: int, hidden: int, ranks: list[int], width: int, dtype: torch.dtype = torch.float32, seed: int = 0
+    tokens: int,
+    hidden: int,
+    ranks: list[int],
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    out: int | None = None,
+    pool: int | None = None,
 ) -> Case:
-    """Random inputs; down and up share one pool, with unused rows of NaN between the blocks."""
+    """Random inputs; down and up share one pool, with unused rows of NaN between the blocks.
+
+    Args:
+        out: width of the output, if it is not `hidden`.
+        pool: width of the pool's rows, if it is not `hidden`.
+    """
+    out, pool = out or hidden, pool or hidden
     g = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
-    num_rows = 2 * sum(ranks) + 2 * len(ranks) + 1
-    pool_SD = torch.full((num_rows, hidden), float("nan"))
+    num_rows = sum(ranks) * (hidden + out) // pool + 2 * len(ranks) + 1
+    pool_SV = torch.full((num_rows, pool), float("nan"))
     down_row: list[int] = []
     up_row: list[int] = []
     row = 1
     for rank in ranks:
-        for rows in (down_row, up_row):
+        for rows, row_width in ((down_row, hidden), (up_row, out)):
             rows.append(row)
-            pool_SD[row : row + rank] = random(rank, hidden) / hidden**0.5
-            row += rank + 1
+            length = rank * row_width // pool
+            pool_SV[row : row + length] = random(length, pool) / hidden**0.5
+            row += length + 1
     num_experts = len(ranks)
     return Case(
-        y_TD=random(tokens, hidden).to(dtype),
-        h_TD=random(tokens, hidden).to(dtype),
+        y_TO=random(tokens, out).to(dtype),
+        h_TI=random(tokens, hidden).to(dtype),
         ids_TX=torch.randint(-1, max(num_experts, 1), (tokens, width), generator=g),
         weights_TX=torch.rand(tokens, width, generator=g),
-        down_SD=pool_SD.to(dtype),
-        up_SD=pool_SD.to(dtype),
+        down_SV=pool_SV.to(dtype),
+        up_SV=pool_SV.to(dtype),
         down_row_E=torch.tensor(down_row, dtype=torch.int64),
         up_row_E=torch.tensor(up_row, dtype=torch.int64),
         rank_E=torch.tensor(ranks, dtype=torch.int64),
@@ -82,22 +97,28 @@ def make(
 def by_the_formula(case: Case) -> Tensor:
     """One token, one slot at a time, in the inputs' dtype promoted to float64."""
     rows = []
-    for t in range(case.y_TD.shape[0]):
-        row = case.y_TD[t].double()
+    for t in range(case.y_TO.shape[0]):
+        row = case.y_TO[t].double()
         for x in range(case.ids_TX.shape[1]):
             e = int(case.ids_TX[t, x])
             if not 0 <= e < case.rank_E.numel():
                 continue
             rank, first, last = int(case.rank_E[e]), int(case.down_row_E[e]), int(case.up_row_E[e])
-            z_R = case.down_SD[first : first + rank].double() @ case.h_TD[t].double()
+            z_R = rank_rows(case.down_SV, first, rank, case.h_TI.shape[1]) @ case.h_TI[t].double()
             if case.mask_TXR is not None:
                 z_R = z_R * case.mask_TXR[t, x].double()
             a_R = F.silu(z_R) if case.silu_E[e] else z_R
             row = row + case.weights_TX[t, x].double() * case.scale_E[e].double() * (
-                a_R @ case.up_SD[last : last + rank].double()
+                a_R @ rank_rows(case.up_SV, last, rank, case.y_TO.shape[1])
             )
         rows.append(row)
     return torch.stack(rows)
+
+
+def rank_rows(pool_SV: Tensor, first: int, rank: int, width: int) -> Tensor:
+    """The rank rows of width `width` that begin at pool row `first`."""
+    begin = first * pool_SV.shape[1]
+    return pool_SV.reshape(-1)[begin : begin + rank * width].view(rank, width).double()
 
 
 def run(case: Case, device: torch.device) -> Tensor:
@@ -107,7 +128,7 @@ def run(case: Case, device: torch.device) -> Tensor:
 
 def gradients(function: Callable[[Case], Tensor], case: Case, grad_TD: Tensor) -> dict[str, Tensor]:
     """Of every differentiable input."""
-    names = ("y_TD", "h_TD", "weights_TX", "down_SD", "up_SD")
+    names = ("y_TO", "h_TI", "weights_TX", "down_SV", "up_SV")
     leaves = {name: getattr(case, name).clone().requires_grad_() for name in names}
     function(replace(case, **leaves)).backward(grad_TD)
     found = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}

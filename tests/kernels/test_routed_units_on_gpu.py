@@ -50,7 +50,7 @@ def test_tiles(tokens: int, num_experts: int, device: torch.device) -> None:
     ids_TX = torch.randint(-2, num_experts + 2, (tokens, 2), generator=g)
     rank_E = torch.randint(0, 3, (num_experts,), generator=g)
     rank_E[0] = 1
-    blocks = kernels._Blocks.of(64, device)
+    blocks = kernels._Blocks.of(64, 64, device)
     pairs = kernels._Pairs.by_expert(ids_TX.to(device), rank_E.to(device), blocks)
     key_P, order_P, tile_P = (t.tolist() for t in (pairs.key_P, pairs.order_P, pairs.tile_P))
     ids_P = ids_TX.flatten().tolist()
@@ -114,6 +114,20 @@ def test_a_token_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype, way: s
         assert_same_bits(run(case.take(slice(t, t + 1)), device)[0], whole[t])
 
 
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "out", "pool"), [(48, 16, 16), (32, 1056, 32)])
+def test_other_widths(
+    hidden: int, out: int, pool: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Input, output and pool of three widths, both ways: right, and the same bits. Ranks beyond those that z holds too."""
+    case = make(9, hidden, [5, 131], 1, dtype, out=out, pool=pool)
+    decoded = run(case, device)
+    assert_close("decode", decoded, by_the_formula(case), RMS_TOLERANCE[dtype])
+    monkeypatch.setattr(kernels, "MAX_DECODE_TOKENS", 0)
+    torch.testing.assert_close(run(case, device), decoded, rtol=0, atol=0)
+
+
 def test_masks(way: str, device: torch.device) -> None:
     case = make(11, 24, [18, 18], 2)
     case = replace(case, mask_TXR=(torch.rand(11, 2, 18) > 0.3).float() / 0.7)
@@ -139,8 +153,8 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def trainable(case: Case) -> Case:
     """Without the NaN between the rows, which a gradient check would meet; down and up apart."""
-    finite = torch.nan_to_num(case.down_SD)
-    return replace(case, down_SD=finite, up_SD=finite.clone())
+    finite = torch.nan_to_num(case.down_SV)
+    return replace(case, down_SV=finite, up_SV=finite.clone())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

@@ -100,10 +100,10 @@ def _tile(i, ids_P, key_P, order_P, tile_P, P, E, SORTED: tl.constexpr):  # type
 
 @triton.jit
 def _partial(  # type: ignore[no-untyped-def]
-    x_TD, rows_SD, token_p, is_pair_p, row, num_rows, begin, D, DTYPE: tl.constexpr, SPLIT_D: tl.constexpr,
+    x_TD, rows_RD, token_p, is_pair_p, r0, rank, begin, D, DTYPE: tl.constexpr, SPLIT_D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """16 pairs' tokens times 16 rows, over the columns [begin, begin + SPLIT_D)."""
+    """16 pairs' tokens times 16 of an adapter expert's rows, from `r0` on, over the columns [begin, begin + SPLIT_D)."""
     r_R = tl.arange(0, _PAIRS)
     sum_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
     for d0 in range(0, SPLIT_D, BLOCK_D):
@@ -112,8 +112,8 @@ def _partial(  # type: ignore[no-untyped-def]
             x_TD + token_p[:, None] * D + d_D[None, :], mask=is_pair_p[:, None] & (d_D < D)[None, :], other=0.0
         )
         rows_DR = tl.load(
-            rows_SD + (row + r_R)[None, :] * D + d_D[:, None],
-            mask=(r_R < num_rows)[None, :] & (d_D < D)[:, None],
+            rows_RD + (r0 + r_R)[None, :] * D + d_D[:, None],
+            mask=(r0 + r_R < rank)[None, :] & (d_D < D)[:, None],
             other=0.0,
         )
         sum_pR = tl.dot(x_pD.to(DTYPE), rows_DR.to(DTYPE), acc=sum_pR, input_precision="ieee")
@@ -123,7 +123,7 @@ def _partial(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["P", "X", "E"], do_not_specialize_on_alignment=["first_row_E", "rank_E"])
 def _shrink(  # type: ignore[no-untyped-def]
     x_TD,
-    rows_SD,
+    rows_SV,
     ids_P,
     key_P,
     order_P,
@@ -135,6 +135,7 @@ def _shrink(  # type: ignore[no-untyped-def]
     X,
     E,
     D,
+    V,
     RANKS,
     SORTED: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -147,15 +148,13 @@ def _shrink(  # type: ignore[no-untyped-def]
     for i in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         expert, pair_p, is_pair_p = _tile(i, ids_P, key_P, order_P, tile_P, P, E, SORTED)
         token_p = pair_p // X
-        row = tl.load(first_row_E + expert)
+        rows_RD = rows_SV + tl.load(first_row_E + expert) * V
         rank = tl.minimum(tl.load(rank_E + expert), RANKS).to(tl.int32)
         rank = tl.where(tl.max(is_pair_p.to(tl.int32), axis=0) > 0, rank, 0)
         for r0 in range(tl.program_id(1) * _PAIRS, rank, tl.num_programs(1) * _PAIRS):
             z_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
             for begin in range(tl.program_id(2) * SPLIT_D, D, tl.num_programs(2) * SPLIT_D):
-                z_pR += _partial(
-                    x_TD, rows_SD, token_p, is_pair_p, row + r0, rank - r0, begin, D, DTYPE, SPLIT_D, BLOCK_D
-                )
+                z_pR += _partial(x_TD, rows_RD, token_p, is_pair_p, r0, rank, begin, D, DTYPE, SPLIT_D, BLOCK_D)
             at_pR = (tl.program_id(2).to(tl.int64) * P + pair_p)[:, None] * RANKS + (r0 + r_R)[None, :]
             tl.store(z_CPR + at_pR, z_pR, mask=is_pair_p[:, None] & (r0 + r_R < rank)[None, :])
 
@@ -171,12 +170,12 @@ def _coefficients(z_pR, mask_PR, pair_p, is_there_pR, r_R, MASK_R, factor_p, sil
 
 
 @triton.jit
-def _times_rows(coefficient_pR, rows_SD, row, num_rows, d_N, D, sum_pN, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`sum_pN`, and 16 rows' columns `d_N` times their coefficients."""
+def _times_rows(coefficient_pR, rows_RO, r0, rank, n_N, O, sum_pN, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`sum_pN`, and the columns `n_N` of 16 of an adapter expert's rows, from `r0` on, times their coefficients."""
     r_R = tl.arange(0, _PAIRS)
     rows_RN = tl.load(
-        rows_SD + (row + r_R)[:, None] * D + d_N[None, :],
-        mask=(r_R < num_rows)[:, None] & (d_N < D)[None, :],
+        rows_RO + (r0 + r_R)[:, None] * O + n_N[None, :],
+        mask=(r0 + r_R < rank)[:, None] & (n_N < O)[None, :],
         other=0.0,
     )
     return tl.dot(coefficient_pR.to(DTYPE), rows_RN.to(DTYPE), acc=sum_pN, input_precision="ieee")
@@ -184,13 +183,13 @@ def _times_rows(coefficient_pR, rows_SD, row, num_rows, d_N, D, sum_pN, DTYPE: t
 
 @triton.jit
 def _delta(  # type: ignore[no-untyped-def]
-    i, d_N, x_TD, down_SD, up_SD, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E, scale_E, silu_E,
-    mask_PR, z_CPR, P, X, E, D, C, RANKS, MASK_R, SORTED: tl.constexpr, ACTIVATE: tl.constexpr, HAS_MASK: tl.constexpr,
-    DTYPE: tl.constexpr, SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    i, n_N, x_TI, down_SV, up_SV, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E, scale_E, silu_E,
+    mask_PR, z_CPR, P, X, E, I, O, DOWN_V, UP_V, C, RANKS, MASK_R, SORTED: tl.constexpr, ACTIVATE: tl.constexpr,
+    HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Columns `d_N` of what tile i adds, its pairs, and which of the 16 are there."""
+    """Columns `n_N` of what tile i adds, its pairs, and which of the 16 are there."""
     expert, pair_p, is_pair_p = _tile(i, ids_P, key_P, order_P, tile_P, P, E, SORTED)
-    up_row = tl.load(up_row_E + expert)
+    up_RO = up_SV + tl.load(up_row_E + expert) * UP_V
     rank = tl.load(rank_E + expert).to(tl.int32)
     rank = tl.where(tl.max(is_pair_p.to(tl.int32), axis=0) > 0, rank, 0)
     if ACTIVATE:
@@ -206,19 +205,17 @@ def _delta(  # type: ignore[no-untyped-def]
             z_pR += tl.load(z_CPR + at_pR, mask=is_there_pR, other=0.0)
         if ACTIVATE:
             z_pR = _coefficients(z_pR, mask_PR, pair_p, is_there_pR, r_R, MASK_R, factor_p, silu, HAS_MASK)
-        sum_pN = _times_rows(z_pR, up_SD, up_row + r0, rank - r0, d_N, D, sum_pN, DTYPE)
+        sum_pN = _times_rows(z_pR, up_RO, r0, rank, n_N, O, sum_pN, DTYPE)
     if ACTIVATE:  # ranks that z has no room for
-        down_row = tl.load(down_row_E + expert)
+        down_RI = down_SV + tl.load(down_row_E + expert) * DOWN_V
         for r0 in range(RANKS, rank, _PAIRS):
             r_R = r0 + tl.arange(0, _PAIRS)
             is_there_pR = is_pair_p[:, None] & (r_R < rank)[None, :]
             z_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
-            for begin in range(0, D, SPLIT_D):
-                z_pR += _partial(
-                    x_TD, down_SD, pair_p // X, is_pair_p, down_row + r0, rank - r0, begin, D, DTYPE, SPLIT_D, BLOCK_D
-                )
+            for begin in range(0, I, SPLIT_D):
+                z_pR += _partial(x_TI, down_RI, pair_p // X, is_pair_p, r0, rank, begin, I, DTYPE, SPLIT_D, BLOCK_D)
             z_pR = _coefficients(z_pR, mask_PR, pair_p, is_there_pR, r_R, MASK_R, factor_p, silu, HAS_MASK)
-            sum_pN = _times_rows(z_pR, up_SD, up_row + r0, rank - r0, d_N, D, sum_pN, DTYPE)
+            sum_pN = _times_rows(z_pR, up_RO, r0, rank, n_N, O, sum_pN, DTYPE)
     return sum_pN, pair_p, is_pair_p
 
 
@@ -227,10 +224,10 @@ def _delta(  # type: ignore[no-untyped-def]
     do_not_specialize_on_alignment=["down_row_E", "up_row_E", "rank_E", "scale_E", "silu_E"],
 )
 def _expand(  # type: ignore[no-untyped-def]
-    y_TD,
-    x_TD,
-    down_SD,
-    up_SD,
+    y_TO,
+    x_TI,
+    down_SV,
+    up_SV,
     ids_P,
     key_P,
     order_P,
@@ -247,7 +244,10 @@ def _expand(  # type: ignore[no-untyped-def]
     P,
     X,
     E,
-    D,
+    I,
+    O,
+    DOWN_V,
+    UP_V,
     C,
     RANKS,
     MASK_R,
@@ -261,17 +261,17 @@ def _expand(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid (T, ceil(D / BLOCK_N)): y and the deltas of a token's pairs, into `out` [T, D]. Or, sorted: grid (tiles or fewer,
+    """Grid (T, ceil(O / BLOCK_N)): y and the deltas of a token's pairs, into `out` [T, O]. Or, sorted: grid (tiles or fewer,
     ceil(N / BLOCK_N)): the delta of each pair from column `first_column` on, into `out` [P, N].
     """
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    d_N = first_column + n_N
+    o_N = first_column + n_N
     if SORTED:
         for i in range(tl.program_id(0), tl.load(tile_P + P), tl.num_programs(0)):
             delta_pN, pair_p, is_pair_p = _delta(
-                i, d_N, x_TD, down_SD, up_SD, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E,
-                scale_E, silu_E, mask_PR, z_CPR, P, X, E, D, C, RANKS, MASK_R, SORTED, ACTIVATE, HAS_MASK, DTYPE,
-                SPLIT_D, BLOCK_D, BLOCK_N,
+                i, o_N, x_TI, down_SV, up_SV, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E,
+                scale_E, silu_E, mask_PR, z_CPR, P, X, E, I, O, DOWN_V, UP_V, C, RANKS, MASK_R, SORTED, ACTIVATE,
+                HAS_MASK, DTYPE, SPLIT_D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
             tl.store(out + pair_p[:, None] * N + n_N[None, :], delta_pN, mask=is_pair_p[:, None] & (n_N < N)[None, :])
     else:
@@ -279,20 +279,20 @@ def _expand(  # type: ignore[no-untyped-def]
         sum_pN = tl.zeros([_PAIRS, BLOCK_N], dtype=tl.float32)
         for x in range(X):
             delta_pN, _, _ = _delta(
-                t * X + x, d_N, x_TD, down_SD, up_SD, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E,
-                rank_E, scale_E, silu_E, mask_PR, z_CPR, P, X, E, D, C, RANKS, MASK_R, SORTED, ACTIVATE, HAS_MASK, DTYPE,
-                SPLIT_D, BLOCK_D, BLOCK_N,
+                t * X + x, o_N, x_TI, down_SV, up_SV, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E,
+                rank_E, scale_E, silu_E, mask_PR, z_CPR, P, X, E, I, O, DOWN_V, UP_V, C, RANKS, MASK_R, SORTED, ACTIVATE,
+                HAS_MASK, DTYPE, SPLIT_D, BLOCK_D, BLOCK_N,
             )  # fmt: skip
             sum_pN += delta_pN
         is_first_p = tl.arange(0, _PAIRS) == 0  # the one that is there
         delta_N = tl.sum(tl.where(is_first_p[:, None], sum_pN, 0.0), axis=0)
-        y_N = tl.load(y_TD + t * D + d_N, mask=d_N < D, other=0.0).to(tl.float32)
-        tl.store(out + t * D + d_N, (y_N + delta_N).to(out.dtype.element_ty), mask=d_N < D)
+        y_N = tl.load(y_TO + t * O + o_N, mask=o_N < O, other=0.0).to(tl.float32)
+        tl.store(out + t * O + o_N, (y_N + delta_N).to(out.dtype.element_ty), mask=o_N < O)
 
 
 @triton.jit(do_not_specialize=["X", "E", "first_column"], do_not_specialize_on_alignment=["rank_E"])
 def _combine(  # type: ignore[no-untyped-def]
-    y_TD, ids_P, rank_E, delta_PN, out_TD, X, E, D, first_column, N, HAS_Y: tl.constexpr, BLOCK_N: tl.constexpr
+    y_TO, ids_P, rank_E, delta_PN, out_TO, X, E, O, first_column, N, HAS_Y: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Grid (T, ceil(N / BLOCK_N)): y, if there is one, and the deltas of a token's pairs in the order of its slots."""
     t = tl.program_id(0).to(tl.int64)
@@ -304,10 +304,10 @@ def _combine(  # type: ignore[no-untyped-def]
         is_active = (expert >= 0) & (expert < E)
         is_active = tl.load(rank_E + expert, mask=is_active, other=0) > 0
         delta_N += tl.load(delta_PN + pair * N + n_N, mask=n_N < tl.where(is_active, N, 0), other=0.0)
-    at_N = t * D + first_column + n_N
+    at_N = t * O + first_column + n_N
     if HAS_Y:
-        delta_N = tl.load(y_TD + at_N, mask=n_N < N, other=0.0).to(tl.float32) + delta_N
-    tl.store(out_TD + at_N, delta_N.to(out_TD.dtype.element_ty), mask=n_N < N)
+        delta_N = tl.load(y_TO + at_N, mask=n_N < N, other=0.0).to(tl.float32) + delta_N
+    tl.store(out_TO + at_N, delta_N.to(out_TO.dtype.element_ty), mask=n_N < N)
 
 
 @triton.jit(do_not_specialize=["P", "E", "RANKS", "MASK_R"])
@@ -365,9 +365,10 @@ def _row_gradients(  # type: ignore[no-untyped-def]
     end_E,
     first_row_E,
     rank_E,
-    grad_SD,
+    grad_SV,
     X,
     D,
+    V,
     RANKS,
     DTYPE: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -399,17 +400,17 @@ def _row_gradients(  # type: ignore[no-untyped-def]
                 other=0.0,
             )
             sum_RN = tl.dot(coefficient_Rp.to(DTYPE), x_pN.to(DTYPE), acc=sum_RN, input_precision="ieee")
-        row_R = tl.load(first_row_E + expert) + r_R
+        grad_RD = grad_SV + tl.load(first_row_E + expert) * V
         tl.store(
-            grad_SD + row_R[:, None] * D + d_N[None, :],
-            sum_RN.to(grad_SD.dtype.element_ty),
+            grad_RD + r_R[:, None] * D + d_N[None, :],
+            sum_RN.to(grad_SV.dtype.element_ty),
             mask=(r_R < rank)[:, None] & (d_N < D)[None, :],
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Blocks:
-    """Tile sizes. They depend on D and the device only: a token's sums must not change with the batch.
+    """Tile sizes. They depend on I, O and the device only: a token's sums must not change with the batch.
 
     Attributes:
         split_D: columns of h that one program of `_shrink` takes when decoding.
@@ -424,13 +425,13 @@ class _Blocks:
     num_programs: int
 
     @classmethod
-    def of(cls, hidden_size: int, device: torch.device) -> _Blocks:
-        """The sizes for a hidden size on a device."""
-        whole = max(triton.next_power_of_2(hidden_size), 16)
+    def of(cls, in_width: int, out_width: int, device: torch.device) -> _Blocks:
+        """The sizes for rank rows of these widths on a device."""
+        whole_in, whole_out = (max(triton.next_power_of_2(width), 16) for width in (in_width, out_width))
         return cls(
-            split_D=min(whole, 512),
-            block_D=min(whole, 256),
-            block_N=min(whole, 128),
+            split_D=min(whole_in, 512),
+            block_D=min(whole_in, 256),
+            block_N=min(whole_out, 128),
             num_programs=8 * _num_processors(device),
         )
 
@@ -504,14 +505,14 @@ class Tables(NamedTuple):
         )
 
 
-def _product_dtype(x_TD: Tensor, rows_SD: Tensor) -> tl.dtype:
-    if x_TD.dtype == rows_SD.dtype:
+def _product_dtype(x_TD: Tensor, rows_SV: Tensor) -> tl.dtype:
+    if x_TD.dtype == rows_SV.dtype:
         return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(x_TD.dtype, tl.float32)
     return tl.float32
 
 
 def _shrunk(
-    x_TD: Tensor, rows_SD: Tensor, first_row_E: Tensor, rank_E: Tensor, pairs: _Pairs, ranks: int, blocks: _Blocks,
+    x_TD: Tensor, rows_SV: Tensor, first_row_E: Tensor, rank_E: Tensor, pairs: _Pairs, ranks: int, blocks: _Blocks,
     dtype: tl.dtype,
 ) -> Tensor:  # fmt: skip
     """z_CPR: each pair's token times the first `ranks` rows of its adapter expert."""
@@ -519,8 +520,8 @@ def _shrunk(
     num_splits = 1 if is_sorted else triton.cdiv(hidden_size, blocks.split_D)
     z_CPR = torch.empty(num_splits, pairs.number, ranks, dtype=torch.float32, device=x_TD.device)
     _shrink[(pairs.num_tiles, min(4, triton.cdiv(ranks, _PAIRS.value)), num_splits)](
-        *(x_TD, rows_SD, *pairs.arrays, first_row_E, rank_E, z_CPR),
-        *(pairs.number, pairs.ids_TX.shape[1], rank_E.numel(), hidden_size, ranks),
+        *(x_TD, rows_SV, *pairs.arrays, first_row_E, rank_E, z_CPR),
+        *(pairs.number, pairs.ids_TX.shape[1], rank_E.numel(), hidden_size, rows_SV.shape[1], ranks),
         SORTED=is_sorted,
         DTYPE=dtype,
         SPLIT_D=blocks.split_D,
@@ -533,19 +534,21 @@ def _shrunk(
 
 
 def _expanded(
-    y_TD: Tensor | None, x_TD: Tensor, weights_TX: Tensor | None, down_SD: Tensor, up_SD: Tensor, tables: Tables,
-    mask_TXR: Tensor | None, pairs: _Pairs, z_CPR: Tensor, blocks: _Blocks, dtype: tl.dtype, out_dtype: torch.dtype,
+    y_TO: Tensor | None, x_TI: Tensor, weights_TX: Tensor | None, down_SV: Tensor, up_SV: Tensor, tables: Tables,
+    mask_TXR: Tensor | None, pairs: _Pairs, z_CPR: Tensor, blocks: _Blocks, dtype: tl.dtype, out_width: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """y and what the pairs add. Without weights, z holds the coefficients themselves."""
-    num_tokens, hidden_size = x_TD.shape
+    num_tokens, in_width = x_TI.shape
     width, num_experts = pairs.ids_TX.shape[1], tables.rank_E.numel()
-    out_TD = torch.empty(num_tokens, hidden_size, dtype=out_dtype, device=x_TD.device)
+    out_TO = torch.empty(num_tokens, out_width, dtype=out_dtype, device=x_TI.device)
 
     def expand(out: Tensor, first_column: int, num_columns: int) -> None:
         num_programs = num_tokens if pairs.key_P is None else pairs.num_tiles
         _expand[(num_programs, triton.cdiv(num_columns, blocks.block_N))](
-            *(y_TD, x_TD, down_SD, up_SD, *pairs.arrays, weights_TX, *tables, mask_TXR, z_CPR, out),
-            *(pairs.number, width, num_experts, hidden_size, z_CPR.shape[0], z_CPR.shape[2]),
+            *(y_TO, x_TI, down_SV, up_SV, *pairs.arrays, weights_TX, *tables, mask_TXR, z_CPR, out),
+            *(pairs.number, width, num_experts, in_width, out_width, down_SV.shape[1], up_SV.shape[1]),
+            *(z_CPR.shape[0], z_CPR.shape[2]),
             *(0 if mask_TXR is None else mask_TXR.shape[2], first_column, num_columns),
             SORTED=pairs.key_P is not None,
             ACTIVATE=weights_TX is not None,
@@ -560,31 +563,31 @@ def _expanded(
         )
 
     if pairs.key_P is None:
-        expand(out_TD, 0, hidden_size)
-        return out_TD
+        expand(out_TO, 0, out_width)
+        return out_TO
     per_panel = MAX_DELTA_BYTES // (4 * pairs.number * blocks.block_N) * blocks.block_N
-    panel = min(hidden_size, max(per_panel, blocks.block_N))
-    delta_PN = torch.empty(pairs.number * panel, dtype=torch.float32, device=x_TD.device)
-    for first_column in range(0, hidden_size, panel):
-        num_columns = min(panel, hidden_size - first_column)
+    panel = min(out_width, max(per_panel, blocks.block_N))
+    delta_PN = torch.empty(pairs.number * panel, dtype=torch.float32, device=x_TI.device)
+    for first_column in range(0, out_width, panel):
+        num_columns = min(panel, out_width - first_column)
         expand(delta_PN, first_column, num_columns)
         _combine[(num_tokens, triton.cdiv(num_columns, 512))](
-            *(y_TD, pairs.ids_TX, tables.rank_E, delta_PN, out_TD),
-            *(width, num_experts, hidden_size, first_column, num_columns),
-            HAS_Y=y_TD is not None,
+            *(y_TO, pairs.ids_TX, tables.rank_E, delta_PN, out_TO),
+            *(width, num_experts, out_width, first_column, num_columns),
+            HAS_Y=y_TO is not None,
             BLOCK_N=512,
             **gpu.OPTIONS,
         )
-    return out_TD
+    return out_TO
 
 
 def routed_units(
-    y_TD: Tensor,
-    h_TD: Tensor,
+    y_TO: Tensor,
+    h_TI: Tensor,
     ids_TX: Tensor,
     weights_TX: Tensor,
-    down_SD: Tensor,
-    up_SD: Tensor,
+    down_SV: Tensor,
+    up_SV: Tensor,
     down_row_E: Tensor,
     up_row_E: Tensor,
     rank_E: Tensor,
@@ -594,30 +597,31 @@ def routed_units(
 ) -> Tensor:
     """As `routed_units_reference`."""
     if ids_TX.numel() == 0 or rank_E.numel() == 0:
-        return y_TD.clone()
+        return y_TO.clone()
     tables = Tables(down_row_E, up_row_E, rank_E, scale_E, silu_E).for_kernels()
-    y_TD, h_TD, ids_TX, weights_TX = y_TD.contiguous(), h_TD.contiguous(), ids_TX.contiguous(), weights_TX.contiguous()
-    down_SD, up_SD = down_SD.contiguous(), up_SD.contiguous()
+    y_TO, h_TI, ids_TX, weights_TX = y_TO.contiguous(), h_TI.contiguous(), ids_TX.contiguous(), weights_TX.contiguous()
+    down_SV, up_SV = down_SV.contiguous(), up_SV.contiguous()
     mask_TXR = None if mask_TXR is None else mask_TXR.contiguous()
-    blocks = _Blocks.of(h_TD.shape[1], h_TD.device)
-    dtype = _product_dtype(h_TD, down_SD)
-    largest = min(_RANKS, down_SD.shape[0] if mask_TXR is None else mask_TXR.shape[2])
-    with gpu.on_device_of(h_TD):
-        is_decode = h_TD.shape[0] <= MAX_DECODE_TOKENS
+    blocks = _Blocks.of(h_TI.shape[1], y_TO.shape[1], h_TI.device)
+    dtype = _product_dtype(h_TI, down_SV)
+    largest = min(_RANKS, down_SV.shape[0] if mask_TXR is None else mask_TXR.shape[2])
+    with gpu.on_device_of(h_TI):
+        is_decode = h_TI.shape[0] <= MAX_DECODE_TOKENS
         pairs = _Pairs.in_order(ids_TX) if is_decode else _Pairs.by_expert(ids_TX, tables.rank_E, blocks)
-        z_CPR = _shrunk(h_TD, down_SD, tables.down_row_E, tables.rank_E, pairs, _whole(largest), blocks, dtype)
+        z_CPR = _shrunk(h_TI, down_SV, tables.down_row_E, tables.rank_E, pairs, _whole(largest), blocks, dtype)
         return _expanded(
-            y_TD, h_TD, weights_TX, down_SD, up_SD, tables, mask_TXR, pairs, z_CPR, blocks, dtype, y_TD.dtype
+            *(y_TO, h_TI, weights_TX, down_SV, up_SV, tables, mask_TXR, pairs, z_CPR, blocks, dtype),
+            *(y_TO.shape[1], y_TO.dtype),
         )
 
 
 def routed_units_backward(
-    grad_TD: Tensor,
-    h_TD: Tensor,
+    grad_TO: Tensor,
+    h_TI: Tensor,
     ids_TX: Tensor,
     weights_TX: Tensor,
-    down_SD: Tensor,
-    up_SD: Tensor,
+    down_SV: Tensor,
+    up_SV: Tensor,
     down_row_E: Tensor,
     up_row_E: Tensor,
     rank_E: Tensor,
@@ -628,25 +632,25 @@ def routed_units_backward(
     """As `routed_units_backward_reference`; the rows of two adapter experts must not overlap. The host waits for the largest
     rank. In bfloat16 throughout, products are of bfloat16 with float32 sums; otherwise all is float32.
     """
-    grad_down_SD, grad_up_SD = torch.zeros_like(down_SD), torch.zeros_like(up_SD)
+    grad_down_SV, grad_up_SV = torch.zeros_like(down_SV), torch.zeros_like(up_SV)
     ranks = _whole(int(rank_E.max())) if rank_E.numel() and ids_TX.numel() else 0
     if ranks == 0:
-        return torch.zeros_like(h_TD), torch.zeros_like(weights_TX), grad_down_SD, grad_up_SD
+        return torch.zeros_like(h_TI), torch.zeros_like(weights_TX), grad_down_SV, grad_up_SV
     tables = Tables(down_row_E, up_row_E, rank_E, scale_E, silu_E).for_kernels()
-    grad_TD, h_TD, ids_TX, weights_TX = (t.contiguous() for t in (grad_TD, h_TD, ids_TX, weights_TX))
-    down_SD, up_SD = down_SD.contiguous(), up_SD.contiguous()
+    grad_TO, h_TI, ids_TX, weights_TX = (t.contiguous() for t in (grad_TO, h_TI, ids_TX, weights_TX))
+    down_SV, up_SV = down_SV.contiguous(), up_SV.contiguous()
     mask_TXR = None if mask_TXR is None else mask_TXR.contiguous()
-    hidden_size, num_experts = h_TD.shape[1], rank_E.numel()
-    blocks = _Blocks.of(hidden_size, h_TD.device)
-    is_bfloat16 = all(t.dtype == torch.bfloat16 for t in (grad_TD, h_TD, down_SD, up_SD))
+    in_width, out_width, num_experts = h_TI.shape[1], grad_TO.shape[1], rank_E.numel()
+    blocks, turned = (_Blocks.of(*widths, h_TI.device) for widths in ((in_width, out_width), (out_width, in_width)))
+    is_bfloat16 = all(t.dtype == torch.bfloat16 for t in (grad_TO, h_TI, down_SV, up_SV))
     dtype = tl.bfloat16 if is_bfloat16 else tl.float32
     grad_weights_TX = torch.empty_like(weights_TX)
-    with gpu.on_device_of(h_TD):
+    with gpu.on_device_of(h_TI):
         pairs = _Pairs.by_expert(ids_TX, tables.rank_E, blocks)
         assert pairs.key_P is not None
         assert pairs.order_P is not None
-        z_1PR = _shrunk(h_TD, down_SD, tables.down_row_E, tables.rank_E, pairs, ranks, blocks, dtype)
-        b_1PR = _shrunk(grad_TD, up_SD, tables.up_row_E, tables.rank_E, pairs, ranks, blocks, dtype)
+        z_1PR = _shrunk(h_TI, down_SV, tables.down_row_E, tables.rank_E, pairs, ranks, blocks, dtype)
+        b_1PR = _shrunk(grad_TO, up_SV, tables.up_row_E, tables.rank_E, pairs, ranks, turned, dtype)
         _bottleneck_gradients[(triton.cdiv(pairs.number, _PAIRS.value),)](
             *(
                 ids_TX,
@@ -664,26 +668,28 @@ def routed_units_backward(
             **gpu.OPTIONS,
         )
         through_down = tables._replace(up_row_E=tables.down_row_E)
-        grad_h_TD = _expanded(
-            None, h_TD, None, down_SD, down_SD, through_down, None, pairs, z_1PR, blocks, dtype, h_TD.dtype
+        grad_h_TI = _expanded(
+            *(None, h_TI, None, down_SV, down_SV, through_down, None, pairs, z_1PR, turned, dtype),
+            *(in_width, h_TI.dtype),
         )
-        experts_E = torch.arange(num_experts, dtype=torch.int32, device=h_TD.device)
+        experts_E = torch.arange(num_experts, dtype=torch.int32, device=h_TI.device)
         end_E = torch.searchsorted(pairs.key_P, experts_E, right=True)
-        for x_TD, coefficient_1PR, first_row_E, grad_SD in (
-            (h_TD, z_1PR, tables.down_row_E, grad_down_SD),
-            (grad_TD, b_1PR, tables.up_row_E, grad_up_SD),
+        for x_TD, coefficient_1PR, first_row_E, grad_SV in (
+            (h_TI, z_1PR, tables.down_row_E, grad_down_SV),
+            (grad_TO, b_1PR, tables.up_row_E, grad_up_SV),
         ):
-            _row_gradients[(num_experts, triton.cdiv(ranks, _PAIRS.value), triton.cdiv(hidden_size, blocks.block_N))](
-                *(x_TD, coefficient_1PR, pairs.order_P, end_E, first_row_E, tables.rank_E, grad_SD),
-                *(ids_TX.shape[1], hidden_size, ranks),
+            width, block_N = x_TD.shape[1], min(turned.block_N, blocks.block_N)
+            _row_gradients[(num_experts, triton.cdiv(ranks, _PAIRS.value), triton.cdiv(width, block_N))](
+                *(x_TD, coefficient_1PR, pairs.order_P, end_E, first_row_E, tables.rank_E, grad_SV),
+                *(ids_TX.shape[1], width, grad_SV.shape[1], ranks),
                 DTYPE=dtype,
                 BLOCK_P=32,
-                BLOCK_N=blocks.block_N,
+                BLOCK_N=block_N,
                 num_warps=4,
                 num_stages=2,
                 **gpu.OPTIONS,
             )
-    return grad_h_TD, grad_weights_TX, grad_down_SD, grad_up_SD
+    return grad_h_TI, grad_weights_TX, grad_down_SV, grad_up_SV
 
 
 def _whole(ranks: int) -> int:

@@ -39,7 +39,7 @@ _SIGNATURES = {
     "perft_base_router": "ppppp" + "lllll",
     "perft_rms_norm": "ppp" + "llf",
     "perft_adapter_router": "plppppl" + "pppp" + "lllll",
-    "perft_routed_units": "pplppppl" + "ppppp" + "p" + "llll",
+    "perft_routed_units": "pplppppl" + "ppppp" + "p" + "lllllll",
     "perft_kv_write": "pllpllppp" + "llll",
     "perft_paged_attention": "pllppl" + "ppppp" + "lllllll" + "fl",
     "perft_argmax": "ppll",

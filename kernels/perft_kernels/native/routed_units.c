@@ -61,10 +61,15 @@ static int make_plan(const int64_t *ids, int64_t TX, const int64_t *rank, int64_
   return 0;
 }
 
-/* sum += coefficient[r] * row r, one row after the other for each column. Asks for the rows at `ahead` while it works. */
-INLINE void add_rows(const void *pool, int64_t first_row, int64_t ahead_row, int64_t num_rows, int64_t D, int type,
-                     const float *coefficient, float *sum) {
-  const char *ahead = (const char *)pool + ahead_row * D * size_of(type);
+/* Row `row` of a pool. */
+INLINE const void *pool_row(const void *pool, int64_t row, int64_t width, int type) {
+  return (const char *)pool + row * width * size_of(type);
+}
+
+/* sum += coefficient[r] * row r, one row after the other for each column. Asks for the rows at `rows_ahead` while it works. */
+INLINE void add_rows(const void *rows, const void *rows_ahead, int64_t num_rows, int64_t D, int type, const float *coefficient,
+                     float *sum) {
+  const char *ahead = rows_ahead;
   int64_t d = 0;
   for (; d + 4 * LANES <= D; d += 4 * LANES) {
     f32xN acc[4];
@@ -74,7 +79,7 @@ INLINE void add_rows(const void *pool, int64_t first_row, int64_t ahead_row, int
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
         if (LANES * j * size_of(type) % 64 == 0) __builtin_prefetch(ahead + (r * D + d + LANES * j) * size_of(type), 0, 2);
-        acc[j] += coefficient[r] * loadN(pool, (first_row + r) * D + d + LANES * j, type);
+        acc[j] += coefficient[r] * loadN(rows, r * D + d + LANES * j, type);
       }
     }
 #pragma GCC unroll 4
@@ -82,7 +87,7 @@ INLINE void add_rows(const void *pool, int64_t first_row, int64_t ahead_row, int
   }
   for (; d < D; d += LANES) {
     f32xN acc = *(f32xN_any *)(sum + d);
-    for (int64_t r = 0; r < num_rows; r++) acc += coefficient[r] * loadN(pool, (first_row + r) * D + d, type);
+    for (int64_t r = 0; r < num_rows; r++) acc += coefficient[r] * loadN(rows, r * D + d, type);
     *(f32xN_any *)(sum + d) = acc;
   }
 }
@@ -93,7 +98,7 @@ typedef struct {
   const int64_t *ids, *down_row, *up_row, *rank;
   const float *weights, *scale;
   const uint8_t *silu_of;
-  int64_t T, D, X;
+  int64_t T, I, O, X, down_width, up_width; /* the widths of the pools' rows */
 } operands;
 
 /* The adapter expert of pair `i`, or of pair `other` if `i` is none: whose rows to ask for ahead. */
@@ -103,17 +108,18 @@ INLINE int64_t expert_of(const plan *p, const operands *o, int64_t i, int64_t ot
 
 /* Coefficients of up to four pairs of one adapter expert; the rows of pair `ahead` are asked for. */
 INLINE void coefficients(const plan *p, const operands *o, const int32_t *pair, int nt, int64_t ahead, int type, int pool_type) {
-  const int64_t e = o->ids[pair[0]], R = o->rank[e], D = o->D;
+  const int64_t e = o->ids[pair[0]], R = o->rank[e], D = o->I;
   float z[4][R];
   if (type == BF16 && pool_type == BF16) {
     const bf16 *rows[4] = {0}, *pool = o->down;
+    const int64_t next = expert_of(p, o, ahead, pair[0]);
     for (int t = 0; t < nt; t++) rows[t] = (const bf16 *)o->h + pair[t] / o->X * D;
-    bf16_dots(pool + o->down_row[e] * D, pool + o->down_row[expert_of(p, o, ahead, pair[0])] * D, R, D, rows, nt, z[0], R);
+    bf16_dots(pool + o->down_row[e] * o->down_width, pool + o->down_row[next] * o->down_width, R, D, rows, nt, z[0], R);
   } else {
     float x[4][D];
     const float *const rows[4] = {x[0], x[1], x[2], x[3]};
     for (int t = 0; t < nt; t++) to_float(o->h, pair[t] / o->X * D, D, type, x[t]);
-    dots(o->down, o->down_row[e], R, D, pool_type, rows, nt, z[0], R);
+    dots(pool_row(o->down, o->down_row[e], o->down_width, pool_type), 0, R, D, pool_type, rows, nt, z[0], R);
   }
   for (int t = 0; t < nt; t++) {
     const float factor = o->weights[pair[t]] * o->scale[e];
@@ -124,28 +130,29 @@ INLINE void coefficients(const plan *p, const operands *o, const int32_t *pair, 
 
 /* out[t] = y[t] + the up rows of its pairs, times their coefficients; the rows of token `ahead` are asked for. */
 INLINE void add_units(const plan *p, const operands *o, int64_t t, int64_t ahead, int type, int pool_type) {
-  float sum[o->D];
-  to_float(o->y, t * o->D, o->D, type, sum);
+  float sum[o->O];
+  to_float(o->y, t * o->O, o->O, type, sum);
   for (int64_t i = t * o->X; i < (t + 1) * o->X; i++)
     if (p->start[i] >= 0) {
-      const int64_t next = expert_of(p, o, i + (ahead - t) * o->X, i);
-      add_rows(o->up, o->up_row[o->ids[i]], o->up_row[next], o->rank[o->ids[i]], o->D, pool_type, p->coefficient + p->start[i],
-               sum);
+      const int64_t e = o->ids[i], next = expert_of(p, o, i + (ahead - t) * o->X, i);
+      add_rows(pool_row(o->up, o->up_row[e], o->up_width, pool_type), pool_row(o->up, o->up_row[next], o->up_width, pool_type),
+               o->rank[e], o->O, pool_type, p->coefficient + p->start[i], sum);
     }
-  for (int64_t d = 0; d < o->D; d += LANES) storeN(o->out, t * o->D + d, type, *(f32xN_any *)(sum + d));
+  for (int64_t d = 0; d < o->O; d += LANES) storeN(o->out, t * o->O + d, type, *(f32xN_any *)(sum + d));
 }
 
 INLINE void prefetch_units(const plan *p, const operands *o, int64_t t, int pool_type) {
   for (int64_t i = t * o->X; t < o->T && i < (t + 1) * o->X; i++)
     if (p->start[i] >= 0) {
-      prefetch_rows(o->down, o->down_row[o->ids[i]], o->rank[o->ids[i]], o->D, pool_type);
-      prefetch_rows(o->up, o->up_row[o->ids[i]], o->rank[o->ids[i]], o->D, pool_type);
+      const int64_t e = o->ids[i], R = o->rank[e];
+      prefetch_rows(pool_row(o->down, o->down_row[e], o->down_width, pool_type), 0, R, o->I, pool_type);
+      prefetch_rows(pool_row(o->up, o->up_row[e], o->up_width, pool_type), 0, R, o->O, pool_type);
     }
 }
 
 INLINE void run(const plan *p, const operands *o, int type, int pool_type) {
   const int shared = 2 * p->num_tiles < p->num_pairs; /* tiles of more than two pairs on average */
-#pragma omp parallel if (p->work * o->D > PARALLEL_WORK)
+#pragma omp parallel if (p->work * (o->I + o->O) / 2 > PARALLEL_WORK)
   {
     if (shared) {
 #pragma omp for schedule(dynamic, 2)
@@ -171,10 +178,10 @@ INLINE void run(const plan *p, const operands *o, int type, int pool_type) {
 static int routed_units(const void *y, const void *h, int64_t type, const int64_t *ids, const float *weights,
                         const void *down, const void *up, int64_t pool_type, const int64_t *down_row,
                         const int64_t *up_row, const int64_t *rank, const float *scale, const uint8_t *silu_of, void *out,
-                        int64_t T, int64_t D, int64_t X, int64_t E) {
+                        int64_t T, int64_t I, int64_t O, int64_t X, int64_t E, int64_t down_width, int64_t up_width) {
   plan p;
   if (make_plan(ids, T * X, rank, E, &p)) return -1;
-  const operands o = {y, h, down, up, out, ids, down_row, up_row, rank, weights, scale, silu_of, T, D, X};
+  const operands o = {y, h, down, up, out, ids, down_row, up_row, rank, weights, scale, silu_of, T, I, O, X, down_width, up_width};
 #define PERFT_RUN(H, P) \
   if (type == H && pool_type == P) run(&p, &o, H, P);
   PERFT_RUN(F32, F32)
@@ -188,5 +195,5 @@ static int routed_units(const void *y, const void *h, int64_t type, const int64_
 
 int perft_routed_units(const word *a) {
   return routed_units(a[0].p, a[1].p, a[2].l, a[3].p, a[4].p, a[5].p, a[6].p, a[7].l, a[8].p, a[9].p, a[10].p, a[11].p,
-                      a[12].p, a[13].p, a[14].l, a[15].l, a[16].l, a[17].l);
+                      a[12].p, a[13].p, a[14].l, a[15].l, a[16].l, a[17].l, a[18].l, a[19].l, a[20].l);
 }
