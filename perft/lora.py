@@ -25,12 +25,14 @@ from typing import Literal, get_args
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from perft.adapter import (
     CONFIG_FILE,
     DTYPES,
+    WEIGHTS_FILE,
     Adapter,
     is_finite,
     read_adapter,
@@ -38,13 +40,12 @@ from perft.adapter import (
     read_safetensors,
     weights_file,
 )
+from perft.attention import ATTENTION, AttentionBlock
 from perft.base import load_skeleton
 from perft.errors import AdapterError, PerftError
 from perft.moe import MoeBlock, find_moe_blocks
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "router", "experts"]
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight$")
 # initial values that are taken out of the base's weights: such a LoRA belongs to a base that was changed
@@ -266,6 +267,66 @@ def read_lora(path: str | Path, skeleton: PreTrainedModel | None = None) -> Lora
     except PerftError as error:
         raise AdapterError(f"{file}: {error}") from error
     return LoraAdapter(config=config, pairs=pairs, digest=_digest(pairs))
+
+
+def read_served_adapter(
+    path: str | Path, blocks: Sequence[MoeBlock], attention: Sequence[AttentionBlock]
+) -> Adapter | LoraAdapter:
+    """Read the adapter in folder `path` that a server with this base can run: PERFT, or a LoRA on attention projections.
+
+    Args:
+        path: the adapter's folder.
+        blocks, attention: of the base that it must fit.
+
+    Raises:
+        AdapterError: anything about it is missing, left over, misshapen, not finite, or does not fit the base; or it is a LoRA
+            on something else.
+    """
+    if read_fields(path).get("peft_type") != "LORA":
+        return read_adapter(path, blocks)
+    adapter = read_lora(path)
+    try:
+        _check_attention(adapter, attention)
+    except AdapterError as error:
+        raise AdapterError(f"{Path(path) / WEIGHTS_FILE}: {error}") from error
+    return adapter
+
+
+def can_be_served(adapter: Adapter | LoraAdapter) -> bool:
+    """Whether `perft-serve` runs adapters of its kind, on a base whose attention has such projections."""
+    return isinstance(adapter, Adapter) or set(adapter.targets) <= set(ATTENTION)
+
+
+def _check_attention(adapter: LoraAdapter, attention: Sequence[AttentionBlock]) -> None:
+    """Whether a LoRA is on attention projections of this base only, and on all that its configuration names."""
+    widths = {f"{block.name}.{target}": each for block in attention for target, each in block.widths.items()}
+    others = [pair.path for pair in adapter.pairs if pair.target not in ATTENTION]
+    if others:
+        raise AdapterError(
+            f"it is a LoRA on {', '.join(adapter.targets)} ({_some(others)}); of LoRAs those on attention projections can be "
+            f"served: {', '.join(ATTENTION)}"
+        )
+    found = {pair.path: pair for pair in adapter.pairs}
+    strange = sorted(set(found) - set(widths))
+    if strange:
+        raise AdapterError(f"tensors for projections that the base does not have: {_some(strange)}")
+    # a regular expression is not tried: then what there is, is what was meant
+    by_names = not isinstance(adapter.config.target_modules, str)
+    expected = {path for path in widths if check_target_module_exists(adapter.config, path)} if by_names else set(found)
+    missing, extra = sorted(expected - set(found)), sorted(set(found) - expected)
+    if missing:
+        raise AdapterError(f"tensors are missing for {_some(missing)}")
+    if extra:
+        raise AdapterError(f"tensors for modules that its configuration does not name: {_some(extra)}")
+    for path, pair in found.items():
+        for side, width, there in (
+            ("A", widths[path][0], pair.down_RI.shape[1]),
+            ("B", widths[path][1], pair.up_OR.shape[0]),
+        ):
+            if width != there:
+                raise AdapterError(
+                    f"tensor {path}.lora_{side}.weight is {there} wide, but {width} is needed: is the adapter for another base?"
+                )
 
 
 def read_lora_config(path: str | Path) -> LoraConfig:

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from perft.adapter import Adapter
 from perft.errors import AdapterError
-from perft.lora import LoraAdapter
+from perft.lora import LoraAdapter, can_be_served
 
 TRAINING_FILE = "perft_training.json"
 CARD_FILE = "README.md"
@@ -153,7 +153,7 @@ def model_card(adapter: Adapter | LoraAdapter, record: Mapping[str, Any]) -> str
             "",
             "## Use",
             "",
-            *(_how_to_serve(base) if not isinstance(adapter, LoraAdapter) else ()),
+            *(_how_to_serve(base) if can_be_served(adapter) else ()),
             "```python",
             *(() if isinstance(adapter, LoraAdapter) else ("import perft  # registers the method with PEFT",)),
             "from peft import PeftModel",

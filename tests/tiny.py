@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -107,6 +110,45 @@ def random_adapter(path: Path, config: PerftConfig, blocks: Sequence[MoeBlock], 
         )
     write_adapter(path, config, layers, {block.layer: block.name for block in blocks})
     return path
+
+
+def random_lora(path: Path, model: PreTrainedModel, seed: int = 0, **settings: Any) -> Path:
+    """A LoRA of PEFT's with random tensors, for a model that is left as it is; returns `path`."""
+    lora = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **settings))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in lora.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    lora.save_pretrained(str(path))
+    return path
+
+
+LORA_SETTINGS: dict[str, dict[str, Any]] = {
+    "LoRA-qv": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "LoRA-all": {
+        "r": 3,
+        "lora_alpha": 2,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    },
+    "LoRA-patterns": {
+        "r": 8,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "o_proj"],
+        "rank_pattern": {"o_proj": 5},
+        "alpha_pattern": {"layers.1.self_attn.q_proj": 9},
+    },
+    "LoRA-one-layer": {"r": 7, "lora_alpha": 14, "target_modules": ["v_proj"], "layers_to_transform": [1]},
+}
+"""LoRAs on attention projections: subsets of them, scales and ranks by pattern, one layer only; all ranks differ."""
+
+
+def random_loras(folder: Path, model: PreTrainedModel) -> dict[str, str]:
+    """A random LoRA of each of `LORA_SETTINGS` in its own sub-folder of `folder`; name to path."""
+    return {
+        name: str(random_lora(folder / name, model, seed=50 + i, **settings))
+        for i, (name, settings) in enumerate(LORA_SETTINGS.items())
+    }
 
 
 def variant_configs() -> dict[str, PerftConfig]:

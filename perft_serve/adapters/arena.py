@@ -5,6 +5,10 @@ rows, M gate rows for variant R). They lie in one run if there is one, else wher
 M gate rows find room, so free memory in pieces is still free memory. Ranks, M, variants and unit kinds mix freely. Loading
 and evicting write rows and edit tables, never shapes that a running batch depends on.
 
+A LoRA on attention projections lies in the same pool. Its rows have the projections' widths, which need not be D: those of a
+layer follow one another in pool rows of their own, of which the last may be filled in part, and are found by *cells*, the same
+memory as rows of a width that divides all of these.
+
 In: checked adapters (`perft.adapter`), staged by any thread. Out: a slot number per adapter, and the tables that
 `perft_kernels` reads. Rows are copied and wiped in steps as large as the caller allows; the tables name an adapter only when
 all of it is there. It knows no names, no requests, and no policy: who is evicted is the store's matter.
@@ -12,18 +16,23 @@ all of it is there. It knows no names, no requests, and no policy: who is evicte
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from perft.adapter import Adapter, is_finite
+from perft.attention import ATTENTION, AttentionBlock
 from perft.config import PerftConfig
 from perft.errors import AdapterError
+from perft.lora import LoraAdapter, LoraPair
 from perft.moe import MoeBlock
 from perft_kernels import huge_pages
 from perft_kernels.adapter_router import KIND_ALL, KIND_EMBEDDED, KIND_ROUTED
@@ -31,6 +40,11 @@ from perft_kernels.adapter_router import KIND_ALL, KIND_EMBEDDED, KIND_ROUTED
 _KINDS = {"S": KIND_ALL, "D": KIND_ALL, "R": KIND_ROUTED, "E": KIND_EMBEDDED}
 # The tables have room for as many adapter experts as rows of rank 1 could make, but at the start for at most so many.
 _MAX_FIRST_EXPERTS = 1 << 16
+# The tables of LoRAs have room for so many slots at first.
+_MIN_LORA_SLOTS = 1024
+
+Pieces: TypeAlias = "list[tuple[int, int]]"
+"""What must lie together: rows, and how many runs of so many there are; in the order of the staged rows."""
 
 
 class RangeAllocator:
@@ -118,21 +132,20 @@ class StagedAdapter:
     """An adapter in host memory as the arena will hold it.
 
     Args:
-        rows_SD: its rows in the arena's dtype, one contiguous tensor (pinned if the arena is on a GPU): by layer the down
-            rows, then the up rows; behind all these, by layer, the gate rows.
-        ordinals: which MoE blocks of the base it adapts, ascending.
-        config, num_experts, digest: as read.
+        rows_SD: its rows in the arena's dtype, one contiguous tensor (pinned if the arena is on a GPU).
+        ordinals: which blocks of the base it adapts, ascending.
+        digest: as read.
         width: the most adapter experts that one token takes.
         num_parameters: how many numbers it holds.
+        pieces: how its rows may be taken apart.
     """
 
     rows_SD: Tensor
     ordinals: tuple[int, ...]
-    config: PerftConfig
-    num_experts: int
     digest: str
     width: int
     num_parameters: int
+    pieces: Pieces
 
     @property
     def num_rows(self) -> int:
@@ -145,20 +158,84 @@ class StagedAdapter:
         return int(self.rows_SD.nbytes)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagedPerft(StagedAdapter):
+    """A PERFT adapter: by layer the down rows, then the up rows; behind all these, by layer, the gate rows.
+
+    Args:
+        config, num_experts: as read.
+    """
+
+    config: PerftConfig
+    num_experts: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagedLora(StagedAdapter):
+    """A LoRA on attention projections: by layer a piece; in it, by projection, the down rows, then the up rows.
+
+    Args:
+        rank: the LoRA's, where no pattern says otherwise.
+        targets: names of the projections.
+        maps: by layer, its projections.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    maps: tuple[tuple[LoraMap, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraMap:
+    """A LoRA on one linear map.
+
+    Args:
+        projection: its place in `ATTENTION`.
+        rank, scale: as read.
+        down_cell, up_cell: where its rows begin, in cells from the beginning of the layer's piece.
+    """
+
+    projection: int
+    rank: int
+    scale: float
+    down_cell: int
+    up_cell: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraTables:
+    """The tables of LoRAs for `perft_kernels.routed_units`: on projection J of attention block L, the LoRA of slot A is adapter
+    expert number A.
+
+    Args:
+        down_cell_LJA, up_cell_LJA, rank_LJA, scale_LJA: of the contract, rows of the pool being cells.
+        silu_A: no LoRA has it.
+    """
+
+    down_cell_LJA: Tensor
+    up_cell_LJA: Tensor
+    rank_LJA: Tensor
+    scale_LJA: Tensor
+    silu_A: Tensor
+
+    @property
+    def num_slots(self) -> int:
+        """A."""
+        return self.silu_A.shape[0]
+
+
 class Placement:
     """Rows of the arena that one adapter has: reserved, being filled, in use, or being wiped. The arena's own book-keeping.
 
     Attributes:
         runs: (first row in the arena, number of rows), in the order of the staged rows.
-        rank_starts, gate_starts: first row of each adapter expert's down and up rows, by layer, side and adapter expert;
-            and of each layer's gate rows.
+        starts: first row of each run of each of the adapter's `pieces`.
         num_done: rows that have been copied, or wiped.
     """
 
-    def __init__(self, runs: list[tuple[int, int]], rank_starts: Tensor, gate_starts: Tensor) -> None:
+    def __init__(self, runs: list[tuple[int, int]], starts: list[Tensor]) -> None:
         self.runs = runs
-        self.rank_starts = rank_starts
-        self.gate_starts = gate_starts
+        self.starts = starts
         self.num_done = 0
         self.slot = -1
         self.first_expert = -1
@@ -194,19 +271,30 @@ class AdapterArena:
         num_bytes: size of the pool.
         dtype: of the pool; adapters are converted to it when they are staged.
         device: where it lies.
+        attention: the base's attention, in layer order, if LoRAs are to be put on it.
 
     Attributes:
         rows_SD: the pool `[S, D]`.
         rule_A6, gate_row_LA, down_row_LE, up_row_LE, rank_LE, scale_E, silu_E: the tables of
             `perft_kernels.adapter_router` and `perft_kernels.routed_units`, with a leading layer axis where they differ by
             layer.
+        cells_SV: the pool as rows of a width that divides those of all projections.
+        lora: the tables of LoRAs, made when the first one comes, and anew when there are more than they have room for.
 
     Raises:
         AdapterError: `num_bytes` does not hold a single row.
     """
 
-    def __init__(self, blocks: Sequence[MoeBlock], num_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[MoeBlock],
+        num_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        attention: Sequence[AttentionBlock] = (),
+    ) -> None:
         self.blocks = tuple(blocks)
+        self.attention = tuple(attention)
         self.device = device
         hidden_size = self.blocks[0].hidden_size
         self.row_bytes = hidden_size * dtype.itemsize
@@ -225,6 +313,9 @@ class AdapterArena:
             self.rank_LE = torch.zeros_like(self.down_row_LE)
             self.scale_E = torch.zeros(num_experts, dtype=torch.float32, device=device)
             self.silu_E = torch.zeros(num_experts, dtype=torch.bool, device=device)
+        widths = {width for block in self.attention for each in block.widths.values() for width in each}
+        self.cells_SV = self.rows_SD.view(-1, math.gcd(hidden_size, *widths))
+        self.lora: LoraTables | None = None
         self._rows = RangeAllocator(num_rows)
         self._experts = RangeAllocator(num_experts)
         self._residents: dict[int, Placement] = {}
@@ -259,12 +350,15 @@ class AdapterArena:
         """How much of the pool no adapter has, wiped or not."""
         return (self.num_free_rows + self.num_wiping_rows) * self.row_bytes
 
-    def stage(self, adapter: Adapter) -> StagedAdapter:
+    def stage(self, adapter: Adapter | LoraAdapter) -> StagedAdapter:
         """An adapter's rows as the arena will hold them. Reads nothing that changes: any thread may call it.
 
         Raises:
             AdapterError: its values overflow the arena's dtype.
         """
+        return self._stage_lora(adapter) if isinstance(adapter, LoraAdapter) else self._stage_perft(adapter)
+
+    def _stage_perft(self, adapter: Adapter) -> StagedPerft:
         ordinals = tuple(l for l, block in enumerate(self.blocks) if block.layer in adapter.layers)
         hidden_size, dtype = self.rows_SD.shape[1], self.rows_SD.dtype
         pieces = adapter.pieces
@@ -287,14 +381,66 @@ class AdapterArena:
             raise AdapterError(f"its values do not fit into {dtype}")
         # where nobody knows the base's top-k, a token could at the most take all
         width = adapter.config.experts_per_token(adapter.num_experts, self.blocks[0].top_k) or adapter.num_experts
-        return StagedAdapter(
+        num_layers, num_experts = len(ordinals), adapter.num_experts
+        num_gates = num_layers if adapter.config.variant == "R" else 0
+        return StagedPerft(
             rows_SD=rows_SD,
             ordinals=ordinals,
             config=adapter.config,
-            num_experts=adapter.num_experts,
+            num_experts=num_experts,
             digest=adapter.digest,
             width=width,
             num_parameters=adapter.num_parameters,
+            pieces=[(adapter.config.r, 2 * num_layers * num_experts), (num_experts, num_gates)],
+        )
+
+    def _stage_lora(self, adapter: LoraAdapter) -> StagedLora:
+        hidden_size, cell = self.rows_SD.shape[1], self.cells_SV.shape[1]
+        of_layer: dict[int, list[LoraPair]] = {}
+        for pair in adapter.pairs:
+            assert pair.layer is not None
+            of_layer.setdefault(pair.layer, []).append(pair)
+        ordinals = tuple(l for l, block in enumerate(self.attention) if block.layer in of_layer)
+        pairs_L = [
+            sorted(of_layer[self.attention[l].layer], key=lambda pair: ATTENTION.index(pair.target)) for l in ordinals
+        ]
+        sizes_L = [-(-sum(pair.num_parameters for pair in pairs) // hidden_size) for pairs in pairs_L]
+        with torch.inference_mode(False):
+            # zeroed, for what is left of a layer's last row
+            rows_SD = torch.zeros(
+                sum(sizes_L), hidden_size, dtype=self.rows_SD.dtype, pin_memory=self.device.type == "cuda"
+            )
+            maps_L = []
+            for pairs, piece in zip(pairs_L, rows_SD.split(sizes_L), strict=True):
+                numbers, at, maps = piece.view(-1), 0, []
+                for pair in pairs:
+                    cells = []
+                    for rows in (pair.down_RI, pair.up_OR.mT):
+                        cells.append(at // cell)
+                        numbers[at : at + rows.numel()].view(rows.shape).copy_(rows)
+                        at += rows.numel()
+                    maps.append(
+                        LoraMap(
+                            projection=ATTENTION.index(pair.target),
+                            rank=pair.down_RI.shape[0],
+                            scale=pair.scale,
+                            down_cell=cells[0],
+                            up_cell=cells[1],
+                        )
+                    )
+                maps_L.append(tuple(maps))
+        if any(tensor.dtype != rows_SD.dtype for tensor in adapter.tensors) and not is_finite(rows_SD):
+            raise AdapterError(f"its values do not fit into {rows_SD.dtype}")
+        return StagedLora(
+            rows_SD=rows_SD,
+            ordinals=ordinals,
+            digest=adapter.digest,
+            width=0,
+            num_parameters=adapter.num_parameters,
+            pieces=[(size, 1) for size in sizes_L],
+            rank=adapter.config.r,
+            targets=tuple(adapter.targets),
+            maps=tuple(maps_L),
         )
 
     def would_fit(self, staged: StagedAdapter, kept: Iterable[Sequence[tuple[int, int]]]) -> bool:
@@ -311,27 +457,27 @@ class AdapterArena:
             end = start + length
         if end < self.num_rows:
             rows.give(end, self.num_rows - end)
-        return rows.take(staged.num_rows) is not None or rows.take_pieces(_pieces(staged)) is not None
+        return rows.take(staged.num_rows) is not None or rows.take_pieces(staged.pieces) is not None
 
     def place(self, staged: StagedAdapter) -> Placement | None:
         """Reserve rows for an adapter, in one run or in pieces; `None` if the free rows do not hold it."""
-        num_layers, num_experts, rank = len(staged.ordinals), staged.num_experts, staged.config.r
-        pieces = _pieces(staged)
-        num_rank_runs = pieces[0][1]
+        pieces = staged.pieces
         assert staged.num_rows == sum(length * count for length, count in pieces)
         first_row = self._rows.take(staged.num_rows)
         if first_row is not None:
-            gates = first_row + num_rank_runs * rank
-            rank_starts = torch.arange(first_row, gates, rank)
-            gate_starts = torch.arange(gates, first_row + staged.num_rows, num_experts)
+            starts = []
+            end = first_row
+            for length, count in pieces:
+                starts.append(torch.arange(end, end + length * count, length))
+                end += length * count
             runs = [(first_row, staged.num_rows)]
         else:
-            starts = self._rows.take_pieces(pieces)
-            if starts is None:
+            found = self._rows.take_pieces(pieces)
+            if found is None:
                 return None
-            rank_starts, gate_starts = torch.tensor(starts[0]), torch.tensor(starts[1], dtype=torch.int64)
-            runs = _joined([(start, rank) for start in starts[0]] + [(start, num_experts) for start in starts[1]])
-        return Placement(runs, rank_starts.view(num_layers, 2, num_experts), gate_starts)
+            starts = [torch.tensor(each, dtype=torch.int64) for each in found]
+            runs = _joined([(start, length) for (length, _), each in zip(pieces, found, strict=True) for start in each])
+        return Placement(runs, starts)
 
     def copy(self, staged: StagedAdapter, placement: Placement, max_bytes: int) -> int:
         """Copy the next rows of an adapter to where it was placed; on a GPU, on a stream of their own.
@@ -365,10 +511,14 @@ class AdapterArena:
         """Enter an adapter that is copied into the tables; returns its slot."""
         assert self.is_copied(staged, placement)
         with torch.inference_mode(False):
-            placement.num_experts = staged.num_experts
-            placement.first_expert = self._take_experts(staged.num_experts)
             placement.slot = self._take_slot()
-            self._write_tables(staged, placement)
+            if isinstance(staged, StagedLora):
+                self._write_lora_tables(staged, placement)
+            else:
+                assert isinstance(staged, StagedPerft)
+                placement.num_experts = staged.num_experts
+                placement.first_expert = self._take_experts(staged.num_experts)
+                self._write_tables(staged, placement)
         self._residents[placement.slot] = placement
         return placement.slot
 
@@ -390,11 +540,15 @@ class AdapterArena:
     def evict(self, slot: int) -> None:
         """Take an adapter out of the tables; its rows are free when `wipe` has zeroed them."""
         placement = self._residents.pop(slot)
-        experts = slice(placement.first_expert, placement.first_expert + placement.num_experts)
-        self.rank_LE[:, experts] = 0
-        self.rule_A6[slot] = 0
-        self.gate_row_LA[:, slot] = -1
-        self._experts.give(placement.first_expert, placement.num_experts)
+        if placement.num_experts:
+            experts = slice(placement.first_expert, placement.first_expert + placement.num_experts)
+            self.rank_LE[:, experts] = 0
+            self.rule_A6[slot] = 0
+            self.gate_row_LA[:, slot] = -1
+            self._experts.give(placement.first_expert, placement.num_experts)
+        else:
+            assert self.lora is not None
+            self.lora.rank_LJA[:, :, slot] = 0
         heapq.heappush(self._free_slots, slot)
         self.abandon(placement)
 
@@ -435,8 +589,10 @@ class AdapterArena:
         for source, row, length in placement.next_runs(num_rows):
             self.rows_SD[row : row + length].copy_(staged.rows_SD[source : source + length], non_blocking=True)
 
-    def _write_tables(self, staged: StagedAdapter, placement: Placement) -> None:
+    def _write_tables(self, staged: StagedPerft, placement: Placement) -> None:
         config, slot = staged.config, placement.slot
+        rank_starts = placement.starts[0].view(len(staged.ordinals), 2, staged.num_experts)
+        gate_starts = placement.starts[1]
         experts = slice(placement.first_expert, placement.first_expert + staged.num_experts)
         self.scale_E[experts] = config.scale
         self.silu_E[experts] = config.unit == "parallel"
@@ -444,11 +600,51 @@ class AdapterArena:
         self.rank_LE[:, experts] = 0  # layers that the adapter leaves alone
         self.gate_row_LA[:, slot] = -1
         layers = torch.tensor(staged.ordinals, device=self.device)
-        self.down_row_LE[layers, experts] = placement.rank_starts[:, 0].to(self.device)
-        self.up_row_LE[layers, experts] = placement.rank_starts[:, 1].to(self.device)
+        self.down_row_LE[layers, experts] = rank_starts[:, 0].to(self.device)
+        self.up_row_LE[layers, experts] = rank_starts[:, 1].to(self.device)
         self.rank_LE[layers, experts] = config.r
-        if placement.gate_starts.numel():
-            self.gate_row_LA[layers, slot] = placement.gate_starts.to(self.device)
+        if gate_starts.numel():
+            self.gate_row_LA[layers, slot] = gate_starts.to(self.device)
+
+    def _write_lora_tables(self, staged: StagedLora, placement: Placement) -> None:
+        lora, slot = self._lora_tables(placement.slot + 1), placement.slot
+        shape = lora.rank_LJA.shape[:2]
+        down, up, rank = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+        scale = torch.zeros(shape)
+        cells_per_row = self.rows_SD.shape[1] // self.cells_SV.shape[1]
+        for l, maps, start in zip(staged.ordinals, staged.maps, placement.starts, strict=True):
+            first = int(start) * cells_per_row
+            for each in maps:
+                at = (l, each.projection)
+                down[at], up[at] = first + each.down_cell, first + each.up_cell
+                rank[at], scale[at] = each.rank, each.scale
+        for table, values in (
+            *((lora.down_cell_LJA, down), (lora.up_cell_LJA, up)),
+            *((lora.rank_LJA, rank), (lora.scale_LJA, scale)),
+        ):
+            table[:, :, slot] = values.to(self.device)
+
+    def _lora_tables(self, num_slots: int) -> LoraTables:
+        """The tables of LoRAs, with room for at least so many slots."""
+        old = self.lora
+        if old is not None and num_slots <= old.num_slots:
+            return old
+        size = max(2 * num_slots, _MIN_LORA_SLOTS)
+        if old is None:
+            shape = (len(self.attention), len(ATTENTION), size)
+            rank_LJA = torch.zeros(shape, dtype=torch.int64, device=self.device)
+            self.lora = LoraTables(
+                down_cell_LJA=torch.zeros_like(rank_LJA),
+                up_cell_LJA=torch.zeros_like(rank_LJA),
+                rank_LJA=rank_LJA,
+                scale_LJA=torch.zeros(shape, dtype=torch.float32, device=self.device),
+                silu_A=torch.zeros(size, dtype=torch.bool, device=self.device),
+            )
+        else:
+            self.lora = LoraTables(
+                **{item.name: _grown(getattr(old, item.name), -1, size, 0) for item in dataclasses.fields(LoraTables)}
+            )
+        return self.lora
 
     def _take_experts(self, num_experts: int) -> int:
         first = self._experts.take(num_experts)
@@ -469,13 +665,6 @@ class AdapterArena:
             self.rule_A6 = _grown(self.rule_A6, 0, 2 * slot, 0)
             self.gate_row_LA = _grown(self.gate_row_LA, 1, 2 * slot, -1)
         return slot
-
-
-def _pieces(staged: StagedAdapter) -> list[tuple[int, int]]:
-    """What must lie together: (rows, how many of them) of the rank rows of an adapter expert, and of the gates of a layer."""
-    num_layers, num_experts = len(staged.ordinals), staged.num_experts
-    num_gates = num_layers if staged.config.variant == "R" else 0
-    return [(staged.config.r, 2 * num_layers * num_experts), (num_experts, num_gates)]
 
 
 def _joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -26,8 +26,10 @@ from pathlib import Path
 
 import torch
 
-from perft.adapter import Adapter, read_adapter
+from perft.adapter import Adapter
+from perft.attention import AttentionBlock
 from perft.errors import AdapterError, printable
+from perft.lora import LoraAdapter, read_served_adapter
 from perft.moe import MoeBlock
 from perft_serve.adapters.arena import StagedAdapter
 from perft_serve.adapters.catalog import AdapterRef
@@ -84,16 +86,19 @@ class Loader:
         stage: makes of a checked adapter what the arena copies.
         wake: called whenever a load has ended, mostly from a thread of the loader's.
         max_bytes: of an adapter's weights as a file; larger ones are not read.
+        attention: the base's attention that LoRAs must fit.
     """
 
     def __init__(
         self,
         blocks: Sequence[MoeBlock],
-        stage: Callable[[Adapter], StagedAdapter],
+        stage: Callable[[Adapter | LoraAdapter], StagedAdapter],
         wake: Callable[[], None],
         max_bytes: int | None = None,
+        attention: Sequence[AttentionBlock] = (),
     ) -> None:
         self._blocks = tuple(blocks)
+        self._attention = tuple(attention)
         self._stage = stage
         self._wake = wake
         self._max_bytes = max_bytes
@@ -265,7 +270,7 @@ class Loader:
             check_sizes(folder, self._max_bytes)
             in_turn = self._reading.acquire(timeout=_READING_PATIENCE_SECONDS)
             try:
-                return self._stage(read_adapter(folder, self._blocks))
+                return self._stage(read_served_adapter(folder, self._blocks, self._attention))
             except AdapterError as error:
                 raise AdapterError(_without_folder(str(error), folder)) from error
             finally:

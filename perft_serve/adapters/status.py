@@ -33,12 +33,14 @@ class Lease:
         slot: the adapter's number in the arena.
         width: the most adapter experts that one token of this adapter takes.
         digest: sha256 over what it computes; its identity.
+        is_lora: it is a LoRA on attention projections, and has no adapter experts (`width` is 0).
     """
 
     ref: AdapterRef
     slot: int
     width: int
     digest: str
+    is_lora: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,9 @@ class AdapterStatus:
         pinned: it is never evicted.
         num_in_flight: requests on it that are not over.
         last_used: when a request for it last came or went, in seconds since the epoch.
-        variant, unit, num_experts, top_k, r: what its file says, once that was read.
+        variant, unit, num_experts, top_k, r: what its file says, once that was read. A LoRA's variant is `LoRA`, and it has no
+            `num_experts`.
+        targets: the projections that a LoRA is on.
         num_parameters: how many numbers it holds.
         num_bytes: what it takes in the arena.
         digest: sha256 over what it computes; its identity.
@@ -70,6 +74,7 @@ class AdapterStatus:
     num_experts: int | None = None
     top_k: int | None = None
     r: int | None = None
+    targets: tuple[str, ...] | None = None
     num_parameters: int | None = None
     num_bytes: int | None = None
     digest: str | None = None

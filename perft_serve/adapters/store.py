@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from perft.errors import AdapterError
-from perft_serve.adapters.arena import AdapterArena, StagedAdapter
+from perft_serve.adapters.arena import AdapterArena, StagedAdapter, StagedLora, StagedPerft
 from perft_serve.adapters.catalog import AdapterRef
 from perft_serve.adapters.loader import Loaded, Loader
 from perft_serve.adapters.sources import is_remote, source_kind
@@ -101,7 +101,7 @@ class AdapterStore:
             arena, host_bytes, self._on_move, self._on_refused_pin, lambda seconds: observe("load_host", seconds)
         )
         max_bytes = arena.rows_SD.numel() * _MAX_ITEM_BYTES + _HEADER_BYTES
-        self._loader = Loader(arena.blocks, arena.stage, self._wake, max_bytes)
+        self._loader = Loader(arena.blocks, arena.stage, self._wake, max_bytes, arena.attention)
         self._load_numbers = itertools.count()
         self._entries: dict[str, dict[int, _Entry]] = {}  # by name and version
         self._entries_of: dict[str, dict[_Key, _Entry]] = {}  # by digest, of contents that are in a tier
@@ -185,7 +185,7 @@ class AdapterStore:
             return hold
         self._tiers.hold(content)
         entry.was_run = True
-        return Lease(ref=ref, slot=content.slot, width=content.width, digest=content.digest)
+        return Lease(ref=ref, slot=content.slot, width=content.width, digest=content.digest, is_lora=content.is_lora)
 
     def release(self, lease: Lease) -> None:
         """The sequence that had this lease no longer runs."""
@@ -455,14 +455,9 @@ class AdapterStore:
 
     def _attach(self, entry: _Entry, staged: StagedAdapter) -> None:
         """An entry's content has been read."""
-        config = staged.config
         entry.digest = staged.digest
         entry.facts = {
-            "variant": config.variant,
-            "unit": config.unit,
-            "num_experts": staged.num_experts,
-            "top_k": config.top_k,
-            "r": config.r,
+            **_kind(staged),
             "num_parameters": staged.num_parameters,
             "num_bytes": staged.num_bytes,
             "digest": staged.digest,
@@ -511,3 +506,18 @@ class AdapterStore:
                 entry.content = None
         if not content.is_anywhere:
             del self._entries_of[content.digest]
+
+
+def _kind(staged: StagedAdapter) -> dict[str, Any]:
+    """What `AdapterStatus` says of an adapter's kind."""
+    if isinstance(staged, StagedLora):
+        return {"variant": "LoRA", "unit": "lora", "r": staged.rank, "targets": staged.targets}
+    assert isinstance(staged, StagedPerft)
+    config = staged.config
+    return {
+        "variant": config.variant,
+        "unit": config.unit,
+        "num_experts": staged.num_experts,
+        "top_k": config.top_k,
+        "r": config.r,
+    }

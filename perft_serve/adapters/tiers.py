@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from perft.errors import AdapterError
-from perft_serve.adapters.arena import AdapterArena, Placement, StagedAdapter
+from perft_serve.adapters.arena import AdapterArena, Placement, StagedAdapter, StagedLora
 from perft_serve.adapters.status import Hold
 
 COPY_BYTES_PER_STEP = 32 << 20
@@ -27,7 +27,7 @@ class Content:
     """What an adapter computes: in host memory (`staged`), in the arena (`slot`), in both, or let go.
 
     Attributes:
-        digest, num_rows, num_bytes, width: of the adapter.
+        digest, num_rows, num_bytes, width, is_lora: of the adapter.
         num_waiting: who would like it in the arena: requests in flight, running ones too. Settled by `Tiers.add_waiting`.
         num_held, num_pins: leases and pins on it.
     """
@@ -36,6 +36,7 @@ class Content:
         "digest",
         "granted_at",
         "is_kept",
+        "is_lora",
         "is_running",
         "num_bytes",
         "num_held",
@@ -54,6 +55,7 @@ class Content:
         self.num_rows = staged.num_rows
         self.num_bytes = staged.num_bytes
         self.width = staged.width
+        self.is_lora = isinstance(staged, StagedLora)
         self.staged: StagedAdapter | None = None
         self.placement: Placement | None = None  # while it is being copied
         self.slot = -1

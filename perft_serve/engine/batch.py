@@ -21,13 +21,14 @@ class Batch:
         tokens_T, positions_T: token ids and their positions in their own sequences.
         slot_T: row of the KV pages, seen as `[P * page, ...]`, where each token's key and value go.
         adapter_T: arena slot of each token's adapter, -1 for the base.
-        width: the most adapter experts that one of the tokens takes; 0: the batch has no adapter.
+        width: the most adapter experts that one of the tokens takes; 0: the batch has no PERFT adapter.
         pages_BN: page table, 0 where a sequence has no more pages.
         num_queries, context_len: of each sequence, on the host.
         short_T: sequence of each token, -1 in long prefill chunks (`perft_kernels.paged_attention`).
         long_Q3: the pieces of long prefill chunks.
         logit_rows: which tokens' logits are needed, ascending.
         routed_rows: of which tokens it is to be kept what adapter experts they take, ascending.
+        has_lora: some of the adapters are LoRAs.
     """
 
     tokens_T: Tensor
@@ -42,6 +43,7 @@ class Batch:
     context_len: tuple[int, ...]
     logit_rows: tuple[int, ...]
     routed_rows: tuple[int, ...] = ()
+    has_lora: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -99,4 +101,5 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
         context_len=tuple(chunk.end for chunk in plan.chunks),
         logit_rows=tuple(logit_rows),
         routed_rows=tuple(routed_rows),
+        has_lora=any(chunk.seq.lease is not None and chunk.seq.lease.is_lora for chunk in plan.chunks),
     )

@@ -1,4 +1,5 @@
-"""Decode steps as CUDA graphs: captured once for each bucket of batch sizes, with and without adapters, then replayed.
+"""Decode steps as CUDA graphs: captured once for each bucket of batch sizes, without adapters, with them, and with LoRAs among
+them, then replayed.
 
 In: batches in host memory. Out: their logits, if every sequence of the batch has one token; else `None`, and the model is run
 as it is. A graph knows no adapter, no rank and no name: adapters are rows and tables of the arena, which stay where they
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch
-from perft_serve.engine.decode_inputs import DecodeInputs, width_class
+from perft_serve.engine.decode_inputs import DecodeInputs, StepKind, Tables, width_class
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +91,12 @@ class DecodeGraphs:
         max_pages: int,
     ) -> None:
         self._forward = forward
-        self._arena = arena
         self._capture = capture
         self._buckets = buckets(max_num_seqs)
         self._width = width_class(max(MIN_WIDTH, base_top_k))
-        self._tables = (arena.rule_A6, arena.rank_LE)
+        self._tables = Tables(arena)
         self._inputs = DecodeInputs(self._buckets[-1], max_pages, device)
-        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}  # by bucket and width
+        self._graphs: dict[StepKind, tuple[Callable[[], None], Tensor]] = {}
         self._refused = False
         self.num_captured = 0
 
@@ -104,31 +104,33 @@ class DecodeGraphs:
         """Logits `[B, V]` in float32, good until the next call; `None` if the batch has to be run as it is."""
         if not batch.is_decode or self._refused:
             return None
-        self._drop_stale()
+        self._tables.drop_stale(self._graphs)
         num_seqs = len(batch.num_queries)
         bucket = next(size for size in self._buckets if size >= num_seqs)
-        width = max(width_class(batch.width), self._width) if batch.width else 0
-        if (bucket, width) not in self._graphs and not self._add(bucket, width):
+        has_adapters = bool(batch.width) or batch.has_lora
+        kind = StepKind(bucket, max(width_class(batch.width), self._width) if has_adapters else 0, batch.has_lora)
+        if kind not in self._graphs and not self._add(kind):
             return None
         self._inputs.fill(batch, bucket)
-        replay, logits_NV = self._graphs[bucket, width]
+        replay, logits_NV = self._graphs[kind]
         replay()
         return logits_NV[:num_seqs]
 
     def capture_all(self) -> None:
-        """Capture all that ordinary batches need, the largest first: the others find room in what it has taken."""
+        """Capture all that batches without LoRAs need, the largest first: the others find room in what it has taken."""
         for bucket in reversed(self._buckets):
             for width in (self._width, 0):
-                if not self._refused and (bucket, width) not in self._graphs:
-                    self._add(bucket, width)
+                kind = StepKind(bucket, width, False)
+                if not self._refused and kind not in self._graphs:
+                    self._add(kind)
 
-    def _add(self, bucket: int, width: int) -> bool:
+    def _add(self, kind: StepKind) -> bool:
         """Capture a step of padding only, so that it writes to nobody's pages; false if it cannot be."""
         inputs = self._inputs
-        inputs.fill(inputs.batch(0, width), bucket)
-        batch, rows_T = inputs.batch(bucket, width), inputs.rows_T[:bucket]
+        inputs.fill(inputs.batch(kind._replace(num_rows=0)), kind.num_rows)
+        batch, rows_T = inputs.batch(kind), inputs.rows_T[: kind.num_rows]
         try:
-            self._graphs[bucket, width] = self._capture(lambda: self._forward(batch, rows_T))
+            self._graphs[kind] = self._capture(lambda: self._forward(batch, rows_T))
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             logger.warning("decode steps run without CUDA graphs, which is slower: cannot capture them: %s", reason)
@@ -137,11 +139,6 @@ class DecodeGraphs:
             return False
         self.num_captured += 1
         return True
-
-    def _drop_stale(self) -> None:
-        if self._arena.rule_A6 is not self._tables[0] or self._arena.rank_LE is not self._tables[1]:
-            self._graphs.clear()
-            self._tables = (self._arena.rule_A6, self._arena.rank_LE)
 
 
 def buckets(max_num_seqs: int) -> tuple[int, ...]:

@@ -6,14 +6,56 @@ many rows of padding behind it as asked for.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch
 
 # A row of padding decodes token 0 at position 0 without an adapter. It has no pages: what it writes goes to page 0, which is
 # nobody's, and all rows of padding write the same.
 _PADDING = (0, 0, 0, -1)
+
+
+class StepKind(NamedTuple):
+    """What a recorded step depends on.
+
+    Args:
+        num_rows: sequences, and rows of padding.
+        width: the most adapter experts that one token takes.
+        has_lora: whether the attention's projections look for LoRAs.
+    """
+
+    num_rows: int
+    width: int
+    has_lora: bool
+
+
+class Tables:
+    """Which tables of the arena recorded steps have read; where they are made anew, those steps are of no use any more.
+
+    Args:
+        arena: the adapters' memory.
+    """
+
+    def __init__(self, arena: AdapterArena) -> None:
+        self._arena = arena
+        self._read = (arena.rule_A6, arena.rank_LE)
+        self._lora = arena.lora
+
+    def drop_stale(self, steps: MutableMapping[StepKind, Any]) -> None:
+        """Forget the steps that have read tables of before."""
+        arena = self._arena
+        if arena.rule_A6 is not self._read[0] or arena.rank_LE is not self._read[1]:
+            steps.clear()
+            self._read = (arena.rule_A6, arena.rank_LE)
+        if arena.lora is not self._lora:
+            for kind in [kind for kind in steps if kind.has_lora]:
+                del steps[kind]
+            self._lora = arena.lora
 
 
 class DecodeInputs:
@@ -60,19 +102,17 @@ class DecodeInputs:
             self._numbers_4T.copy_(numbers_4T, non_blocking=True)
             self._pages_TN[:num_rows].copy_(pages_TN[:num_rows], non_blocking=True)
 
-    def batch(self, num_rows: int, width: int) -> Batch:
-        """The first rows as a batch of sequences with one token each.
-
-        Args:
-            width: the most adapter experts that one token takes.
-        """
+    def batch(self, kind: StepKind) -> Batch:
+        """The first rows as a batch of sequences with one token each."""
+        num_rows = kind.num_rows
         tokens_T, positions_T, slot_T, adapter_T = self._numbers_4T[:, :num_rows]
         return Batch(
             tokens_T=tokens_T,
             positions_T=positions_T,
             slot_T=slot_T,
             adapter_T=adapter_T,
-            width=width,
+            width=kind.width,
+            has_lora=kind.has_lora,
             pages_BN=self._pages_TN[:num_rows],
             short_T=self.rows_T[:num_rows],
             long_Q3=self._no_pieces_Q3,

@@ -1,8 +1,8 @@
 """Decode steps as programs (`perft_kernels.program`): recorded once for each size of batch, then replayed without Python.
 
 In: batches. Out: their logits, if every sequence of the batch has one token; else `None`, and the model is run as it is. A
-program depends on the number of tokens and on how many adapter experts a token takes at the most, never on which adapters:
-these are rows and tables of the arena, which stay where they are. Only on a CPU with the CPU kernels.
+program depends on the number of tokens, on how many adapter experts a token takes at the most, and on whether there are LoRAs,
+never on which adapters: these are rows and tables of the arena, which stay where they are. Only on a CPU with the CPU kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from perft_kernels.native import library
 from perft_kernels.program import Program, RecordingError, Workspace, record
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch
-from perft_serve.engine.decode_inputs import DecodeInputs, width_class
+from perft_serve.engine.decode_inputs import DecodeInputs, StepKind, Tables, width_class
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,10 @@ class DecodePrograms:
         self, forward: Callable[[Batch, Tensor], Tensor], arena: AdapterArena, *, max_num_seqs: int, max_pages: int
     ) -> None:
         self._forward = forward
-        self._arena = arena
-        self._tables = (arena.rule_A6, arena.rank_LE)
+        self._tables = Tables(arena)
         self._kernels = library()
         self._workspace = Workspace()
-        self._programs: OrderedDict[tuple[int, int], Program] = OrderedDict()  # by tokens and width; latest used last
+        self._programs: OrderedDict[StepKind, Program] = OrderedDict()  # latest used last
         self._refused = False
         self._inputs = DecodeInputs(max_num_seqs, max_pages, torch.device("cpu"))
 
@@ -53,14 +52,11 @@ class DecodePrograms:
         num_seqs = len(batch.num_queries)
         if not batch.is_decode or self._refused or self._kernels is None:
             return None
-        if self._arena.rule_A6 is not self._tables[0] or self._arena.rank_LE is not self._tables[1]:
-            self._programs.clear()
-            self._tables = (self._arena.rule_A6, self._arena.rank_LE)
-        width = width_class(batch.width)
+        self._tables.drop_stale(self._programs)
+        kind = StepKind(num_seqs, width_class(batch.width), batch.has_lora)
         self._inputs.fill(batch, num_seqs)
-        inputs, rows_T = self._inputs.batch(num_seqs, width), self._inputs.rows_T[:num_seqs]
-        key = (num_seqs, width)
-        program = self._programs.get(key)
+        inputs, rows_T = self._inputs.batch(kind), self._inputs.rows_T[:num_seqs]
+        program = self._programs.get(kind)
         if program is None:
             try:
                 program = record(lambda: self._forward(inputs, rows_T), self._kernels, self._workspace)
@@ -68,9 +64,9 @@ class DecodePrograms:
                 logger.info("decode steps go through Python, which is slower: %s", error)
                 self._refused = True
                 return None
-            self._programs[key] = program
+            self._programs[kind] = program
             if len(self._programs) > MAX_PROGRAMS:
                 self._programs.popitem(last=False)
             return program.output  # recording has run it
-        self._programs.move_to_end(key)
+        self._programs.move_to_end(kind)
         return program.run()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perft.attention import find_attention_blocks
 from perft.base import load_base
 from perft.errors import BaseModelError
 from perft.moe import find_moe_blocks
@@ -76,15 +77,16 @@ class Runner:
         self.dtype = self._model.dtype
         self._editor = LogitEditor(self.eos_token_ids, self.vocab_size, self.device)
         self.grammars = Grammars(config.model, self.vocab_size, self.eos_token_ids)
-        blocks = find_moe_blocks(self._model)
+        blocks, attention = find_moe_blocks(self._model), find_attention_blocks(self._model)
         pack(self._model, blocks)
         use_kernels(self._model, blocks)
         self._seam = Seam()
-        install(self._model, blocks, self._seam)
+        install(self._model, blocks, attention, self._seam)
         shapes = self._kv_shapes(text_config)
         blocks = [replace(block, top_k=self._seam.base_top_k) for block in blocks]  # seen, whatever the config says
-        self.arena = AdapterArena(blocks, config.adapter_memory, self.dtype, self.device)
+        self.arena = AdapterArena(blocks, config.adapter_memory, self.dtype, self.device, attention)
         self._seam.arena = self.arena
+        self._seam.ones_T1 = torch.ones(max(config.max_num_batched_tokens, config.max_num_seqs), 1, device=self.device)
         self.balances = Balances(self.arena)
         self.computed_at = 0.0
         page_bytes = sum(heads * (key_dim + value_dim) for heads, key_dim, value_dim in shapes.values())

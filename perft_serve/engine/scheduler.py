@@ -510,6 +510,10 @@ class Scheduler:
             return None
         if isinstance(answer, Lease):
             seq.hold(answer)
+            if answer.is_lora and seq.next_routed is not None:
+                reason = f"adapter {ref.name!r} is a LoRA and has no adapter experts: leave return_routing out"
+                self._fail(seq, reason, "request")
+                return None
             seq.root = root_hash(
                 scope=seq.request.cache_scope, base_digest=self._base_digest, adapter_digest=answer.digest
             )

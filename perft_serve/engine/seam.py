@@ -1,6 +1,6 @@
-"""Where the base model calls out: its experts modules, wrapped so that each token's own adapter adds its delta, and its
-attention, replaced by attention over KV pages. Both read the step's `Batch` from the one `Seam` they were given when they
-were made. The model itself is Transformers' own, whatever its family.
+"""Where the base model calls out: its experts modules and its attention's projections, wrapped so that each token's own adapter
+adds its delta, and its attention, replaced by attention over KV pages. All of them read the step's `Batch` from the one `Seam`
+they were given when they were made. The model itself is Transformers' own, whatever its family.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from perft.attention import ATTENTION, AttentionBlock
 from perft.moe import ExpertsWrapper, MoeBlock
 from perft_kernels import huge_pages
 from perft_kernels.adapter_router import adapter_router
@@ -20,7 +21,7 @@ from perft_kernels.routed_units import routed_units
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch
 
-ATTENTION = "perft_paged"
+PAGED_ATTENTION = "perft_paged"
 # keyword arguments of attention calls that change nothing for a decoder in inference
 _HARMLESS = frozenset(
     {
@@ -85,6 +86,8 @@ class Seam:
     Without a KV cache it only notes what the model does: the shapes of keys and values of each layer (`kv_shapes`) and how
     many base experts a token takes (`base_top_k`).
 
+    `ones_T1` are the weights of LoRAs, for as many tokens as a batch can have.
+
     While `routes` is a list, the adapter experts of each MoE block's tokens are added to it: the block's number and ids_TX.
     """
 
@@ -96,6 +99,7 @@ class Seam:
         self.base_top_k = 0
         self.routed: dict[int, tuple[Tensor, Tensor]] = {}  # ids and weights `[R, X]`, by the block's ordinal
         self.routes: list[tuple[int, Tensor]] | None = None
+        self.ones_T1 = torch.empty(0, 1)
 
     def attend(
         self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, scale: float, window: int | None, sinks: Any
@@ -121,6 +125,28 @@ class Seam:
             sinks_H=sinks,
             long_Q3=self.batch.long_Q3,
         )
+
+    def add_lora(self, ordinal: int, projection: int, y: Tensor, x: Tensor) -> Tensor:
+        """A projection's output plus each token's LoRA on it, in attention block number `ordinal`."""
+        batch, arena = self.batch, self.arena
+        if batch is None or arena is None or not batch.has_lora:
+            return y
+        lora = arena.lora
+        assert lora is not None
+        out_TO = routed_units(
+            y.view(-1, y.shape[-1]),
+            x.reshape(-1, x.shape[-1]),
+            batch.adapter_T.unsqueeze(1),
+            self.ones_T1[: batch.adapter_T.shape[0]],
+            arena.cells_SV,
+            arena.cells_SV,
+            lora.down_cell_LJA[ordinal, projection],
+            lora.up_cell_LJA[ordinal, projection],
+            lora.rank_LJA[ordinal, projection],
+            lora.scale_LJA[ordinal, projection],
+            lora.silu_A,
+        )
+        return out_TO.view(y.shape)
 
     def add_delta(self, ordinal: int, y: Tensor, h: Tensor, base_ids_TK: Tensor, base_weights_TK: Tensor) -> Tensor:
         """The base experts' output plus each token's adapter's delta, in MoE block number `ordinal`."""
@@ -175,14 +201,36 @@ class ServedExperts(ExpertsWrapper):
         return self._seam.add_delta(self._ordinal, y, h, base_ids_TK, base_weights_TK)
 
 
-def install(model: PreTrainedModel, blocks: Sequence[MoeBlock], seam: Seam) -> None:
-    """Put the seam behind the MoE blocks of `model`, and paged attention into all its layers."""
+class ServedLinear(nn.Module):
+    """A projection of attention with the seam behind it."""
+
+    def __init__(self, base_layer: nn.Module, ordinal: int, projection: int, seam: Seam) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._ordinal = ordinal
+        self._projection = projection
+        self._seam = seam
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the base layer's, plus the LoRAs."""
+        return self._seam.add_lora(self._ordinal, self._projection, self.base_layer(x), x)
+
+
+def install(
+    model: PreTrainedModel, blocks: Sequence[MoeBlock], attention: Sequence[AttentionBlock], seam: Seam
+) -> None:
+    """Put the seam behind the MoE blocks and the projections of `model`, and paged attention into all its layers."""
     for ordinal, block in enumerate(blocks):
         parent_name, _, child_name = block.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         setattr(parent, child_name, ServedExperts(getattr(parent, child_name), ordinal, seam))
-    AttentionInterface.register(ATTENTION, _attention)
-    model.set_attn_implementation(ATTENTION)
+    for ordinal, layer in enumerate(attention):
+        module = model.get_submodule(layer.name)
+        for target in layer.widths:
+            served = ServedLinear(getattr(module, target), ordinal, ATTENTION.index(target), seam)
+            setattr(module, target, served)
+    AttentionInterface.register(PAGED_ATTENTION, _attention)
+    model.set_attn_implementation(PAGED_ATTENTION)
 
 
 def _attention(

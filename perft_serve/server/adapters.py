@@ -274,6 +274,7 @@ class AdapterEndpoints:
             num_experts=status.num_experts,
             top_k=status.top_k,
             r=status.r,
+            targets=status.targets,
             num_parameters=status.num_parameters,
             num_bytes=status.num_bytes,
             digest=status.digest,

@@ -117,6 +117,7 @@ class ModelNames:
                 num_experts=status.num_experts,
                 top_k=status.top_k,
                 r=status.r,
+                targets=status.targets,
                 num_parameters=status.num_parameters,
                 digest=status.digest,
             )

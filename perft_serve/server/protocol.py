@@ -937,13 +937,14 @@ class ErrorReply(_Reply):
 
 
 class ModelAdapter(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
-    """What kind of adapter a model is."""
+    """What kind of adapter a model is; `targets` are the projections that a LoRA is on (`variant` is `LoRA`)."""
 
     variant: str | None
     unit: str | None
     num_experts: int | None
     top_k: int | None
     r: int | None
+    targets: tuple[str, ...] | None
     num_parameters: int | None
     digest: str
 
@@ -993,6 +994,7 @@ class AdapterCard(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     num_experts: int | None
     top_k: int | None
     r: int | None
+    targets: tuple[str, ...] | None
     num_parameters: int | None
     num_bytes: int | None
     digest: str | None

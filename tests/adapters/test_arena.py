@@ -10,11 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from staging import BLOCKS, CONFIGS, HIDDEN, assert_is_in, assert_zero_outside, make_adapter, make_arena, num_rows, read
 from tiny import random_adapter
 
 from perft import PerftConfig
+from perft.attention import ATTENTION, AttentionBlock
 from perft.errors import AdapterError
+from perft.lora import LoraAdapter, LoraPair
 from perft_serve.adapters.arena import AdapterArena, RangeAllocator
 
 TABLES = ("rule_A6", "gate_row_LA", "down_row_LE", "up_row_LE", "rank_LE", "scale_E", "silu_E")
@@ -218,3 +221,120 @@ def test_values_that_overflow_the_served_dtype(tmp_path: Path) -> None:
 def test_an_arena_without_a_row_is_refused() -> None:
     with pytest.raises(AdapterError, match="does not hold one row of width 16"):
         make_arena(0)
+
+
+# widths that neither are D nor divide it: cells of 8
+ATTENTION_BLOCKS = tuple(
+    AttentionBlock(
+        layer=2 * l,
+        name=f"model.layers.{2 * l}.self_attn",
+        widths={"q_proj": (HIDDEN, 24), "v_proj": (HIDDEN, 8), "o_proj": (24, HIDDEN)},
+    )
+    for l in range(3)
+)
+
+
+def make_lora(ranks: dict[tuple[int, str], int], seed: int = 0) -> LoraAdapter:
+    """A LoRA with these ranks, by place in `ATTENTION_BLOCKS` and projection."""
+    g = torch.Generator().manual_seed(seed)
+    pairs = []
+    for (l, target), rank in ranks.items():
+        block = ATTENTION_BLOCKS[l]
+        width, out = block.widths[target]
+        pairs.append(
+            LoraPair(
+                path=f"{block.name}.{target}",
+                target=target,
+                layer=block.layer,
+                down_RI=torch.randn(rank, width, generator=g),
+                up_OR=torch.randn(out, rank, generator=g),
+                scale=0.5 + rank,
+            )
+        )
+    return LoraAdapter(config=LoraConfig(r=max(ranks.values())), pairs=tuple(pairs), digest=f"lora {seed}")
+
+
+def make_lora_arena(num_rows: int) -> AdapterArena:
+    arena = AdapterArena(BLOCKS, num_rows * HIDDEN * 4, torch.float32, torch.device("cpu"), ATTENTION_BLOCKS)
+    arena.rows_SD.zero_()
+    return arena
+
+
+def assert_lora_is_in(arena: AdapterArena, slot: int, adapter: LoraAdapter) -> None:
+    """The tables lead to its own numbers, and the router gives its tokens no adapter experts."""
+    tables = arena.lora
+    assert tables is not None
+    assert not arena.rule_A6[slot].any()
+    pairs = {pair.path: pair for pair in adapter.pairs}
+    numbers = arena.rows_SD.view(-1)
+    for l, block in enumerate(ATTENTION_BLOCKS):
+        for j, target in enumerate(ATTENTION):
+            pair = pairs.get(f"{block.name}.{target}")
+            rank = int(tables.rank_LJA[l, j, slot])
+            assert rank == (0 if pair is None else pair.down_RI.shape[0])
+            if pair is not None:
+                assert float(tables.scale_LJA[l, j, slot]) == pair.scale
+                for cell_LJA, rows in ((tables.down_cell_LJA, pair.down_RI), (tables.up_cell_LJA, pair.up_OR.mT)):
+                    at = int(cell_LJA[l, j, slot]) * arena.cells_SV.shape[1]
+                    assert torch.equal(numbers[at : at + rows.numel()].view(rows.shape), rows)
+
+
+def test_loras_lie_among_perft_adapters_and_go_without_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rows of other widths, in holes that others have left, and with tables that grow."""
+    monkeypatch.setattr("perft_serve.adapters.arena._MIN_LORA_SLOTS", 1)
+    small = [read(make_adapter(tmp_path / f"small{i}", "s-last", seed=i)) for i in range(12)]
+    loras = [
+        make_lora({(0, "q_proj"): 2, (0, "v_proj"): 3, (0, "o_proj"): 1, (2, "v_proj"): 7}, seed=1),
+        make_lora({(1, "o_proj"): 4}, seed=2),
+        make_lora({(l, "q_proj"): 3 for l in range(3)}, seed=3),  # 3 layers of 7.5 rows: 24 in all
+    ]
+    arena = make_lora_arena(12 * num_rows("s-last"))
+    assert (arena.cells_SV.shape[1], arena.lora) == (8, None)
+    slots = [arena.load(arena.stage(adapter)) for adapter in small]
+    for slot in slots[::2]:
+        assert slot is not None
+        arena.evict(slot)
+    arena.wipe()
+    staged = [arena.stage(lora) for lora in loras]
+    assert [each.num_rows for each in staged] == [(80 + 72 + 40 + 15) // 16 + (7 * 24 + 15) // 16, 10, 24]
+    placed = [arena.load(each) for each in (staged[2], staged[0], staged[1])]
+    assert len(arena.runs_of(placed[0] or 0)) > 1
+    for slot, lora in zip(placed, (loras[2], loras[0], loras[1]), strict=True):
+        assert slot is not None
+        assert_lora_is_in(arena, slot, lora)
+    for slot, adapter in zip(slots[1::2], small[1::2], strict=True):
+        assert slot is not None
+        assert_is_in(arena, slot, adapter)
+    kept = [slot for slot in slots[1::2] if slot is not None]
+    assert_zero_outside(arena, [*kept, *(slot for slot in placed if slot is not None)])
+    for slot in placed:
+        assert slot is not None
+        arena.evict(slot)
+    arena.wipe()
+    assert_zero_outside(arena, kept)
+    assert arena.lora is not None
+    assert not arena.lora.rank_LJA.any()
+
+
+def test_a_lora_takes_its_true_size_where_widths_divide() -> None:
+    """Rank 8 on q and v of a base with a quarter as many key and value heads."""
+    attention = [
+        AttentionBlock(layer=l, name=f"model.layers.{l}.self_attn", widths={"q_proj": (512, 512), "v_proj": (512, 128)})
+        for l in range(2)
+    ]
+    blocks = [replace(BLOCKS[0], hidden_size=512)]
+    arena = AdapterArena(blocks, 1 << 20, torch.bfloat16, torch.device("cpu"), attention)
+    pairs = tuple(
+        LoraPair(
+            path=f"{block.name}.{target}",
+            target=target,
+            layer=block.layer,
+            down_RI=torch.ones(8, width),
+            up_OR=torch.ones(out, 8),
+            scale=1.0,
+        )
+        for block in attention
+        for target, (width, out) in block.widths.items()
+    )
+    lora = LoraAdapter(config=LoraConfig(), pairs=pairs, digest="d")
+    assert arena.stage(lora).num_bytes == 2 * lora.num_parameters

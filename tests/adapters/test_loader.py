@@ -72,7 +72,7 @@ def broken_adapters(folder: Path) -> dict[str, str]:
         "not a whole safetensors file": "cut",
         "never loaded": "pickle",
         "not readable as JSON": "json",
-        "peft_type is 'LORA'": "lora",
+        "peft_type is 'IA3'": "method",
         "it has no adapter_config.json": "config",
         "is the adapter for another base": "base",
         "the file does not exist": "weights",
@@ -93,8 +93,8 @@ def broken_adapters(folder: Path) -> dict[str, str]:
             file.rename(file.with_name("adapter_model.bin"))
         elif name == "json":
             config.write_text("{")
-        elif name == "lora":
-            config.write_text(config.read_text().replace("PERFT", "LORA"))
+        elif name == "method":
+            config.write_text(config.read_text().replace("PERFT", "IA3"))
         elif name == "config":
             config.unlink()
         elif name == "weights":
@@ -293,12 +293,12 @@ class Reads:
         self.may_end = threading.Event()
         self.may_end.set()
 
-        def read_adapter(path: Path, blocks: object) -> object:
+        def read_adapter(path: Path, blocks: object, attention: object) -> object:
             self.sources.append(str(path))
             assert self.may_end.wait(30)
             return perft_adapter.read_adapter(path, blocks)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(loader_module, "read_adapter", read_adapter)
+        monkeypatch.setattr(loader_module, "read_served_adapter", read_adapter)
 
 
 @pytest.fixture

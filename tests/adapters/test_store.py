@@ -575,7 +575,7 @@ def test_a_file_that_the_arena_cannot_hold_is_not_read(
     def read_adapter(*_: object) -> None:
         raise AssertionError("it is read")
 
-    monkeypatch.setattr(loader_module, "read_adapter", read_adapter)
+    monkeypatch.setattr(loader_module, "read_served_adapter", read_adapter)
     d, ref = driven(S), make_ref("a")
     limit = S * ROW + (1 << 20)
     with (Path(ref.source) / "adapter_model.safetensors").open("ab") as file:

@@ -195,12 +195,12 @@ def test_a_load_that_hangs_delays_nobody_else(
     """Decode goes on, other adapters are loaded meanwhile, and an abort needs no load to end."""
     gate = threading.Event()
 
-    def slow(folder: Path, blocks: Sequence[MoeBlock]) -> Adapter:
+    def slow(folder: Path, blocks: Sequence[MoeBlock], attention: object) -> Adapter:
         if folder == Path(crowd["c0"].source):
             assert gate.wait(60)
         return read_adapter(folder, blocks)
 
-    monkeypatch.setattr("perft_serve.adapters.loader.read_adapter", slow)
+    monkeypatch.setattr("perft_serve.adapters.loader.read_served_adapter", slow)
     woken = threading.Event()
     config = EngineConfig(model=str(mixtral.path), dtype="float32", kv_memory=1 << 23, adapter_memory=1 << 20)
     engine = Engine(config, wake=woken.set)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from driving import Output, request, run
-from tiny import random_adapters
+from tiny import random_adapters, random_loras
 from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
@@ -71,14 +71,15 @@ def kernels() -> None:
 
 
 class Base:
-    """A base on disk in bfloat16, with every kind of adapter."""
+    """A base on disk in bfloat16, with every kind of adapter, LoRAs too."""
 
     def __init__(self, family: str, folder: Path) -> None:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(BASES[family][0], dtype=torch.bfloat16)
         self.path = folder / "base"
         model.save_pretrained(self.path)
-        self.adapters = random_adapters(folder / "adapters", model.float())
+        adapters = folder / "adapters"
+        self.adapters = random_adapters(adapters, model.float()) | random_loras(adapters, model)
 
     def engine(self, **settings: object) -> Engine:
         # a cached prompt is prefilled in other pieces, which long ones round differently: attention of these is torch's

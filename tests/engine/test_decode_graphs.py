@@ -14,7 +14,7 @@ import pytest
 import torch
 from driving import Output, request, run
 from frozen_step import FrozenCapture, address
-from tiny import random_adapter
+from tiny import random_adapter, random_loras
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -202,6 +202,37 @@ def test_tables_that_grow_are_captured_anew(base: Path, capture: FrozenCapture) 
     arena._take_experts(arena.rank_LE.shape[1] + 1)
     assert_same(run(engine, requests()), before)
     assert graphs.num_captured == 2 * num_captured
+
+
+def test_loras_have_graphs_of_their_own(base: Path, capture: FrozenCapture, tmp_path: Path) -> None:
+    """The first one leaves those of others as they are, and so does every further one; these share a step's graph."""
+    engine = make_engine(base)
+    graphs = with_graphs(engine, capture)
+    run(engine, requests())
+    before = dict(graphs._graphs)
+    assert not any(kind.has_lora for kind in before)
+    assert engine._runner.arena.lora is None
+    model = AutoModelForCausalLM.from_pretrained(base / "base")
+    catalog = AdapterCatalog(random_loras(tmp_path, model))
+    plain = make_engine(base)
+    num_captured = []
+    for loras in (["LoRA-qv", "LoRA-all"], ["LoRA-patterns", "LoRA-one-layer"]):
+        mixed = [
+            request(r.request_id, r.prompt_ids, catalog.resolve(loras[i % 2]) if i % 3 else r.adapter, max_tokens=3 + i)
+            for i, r in enumerate(requests())
+        ]
+        assert_same(run(engine, mixed), run(plain, mixed))
+        num_captured.append(graphs.num_captured)
+    assert num_captured[0] == num_captured[1]
+    assert before.items() <= graphs._graphs.items()
+    kinds = graphs._graphs.keys() - before.keys()
+    assert {kind.width for kind in kinds if kind.has_lora} == {graphs._width}
+    arena = engine._runner.arena
+    assert arena.lora is not None
+    arena._lora_tables(arena.lora.num_slots + 1)
+    assert_same(run(engine, mixed), run(plain, mixed))
+    assert graphs.num_captured > num_captured[1]
+    assert before.items() <= graphs._graphs.items()
 
 
 def test_what_cannot_be_captured_runs_as_it_is(base: Path, caplog: pytest.LogCaptureFixture) -> None:

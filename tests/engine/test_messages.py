@@ -94,6 +94,7 @@ STATUS = AdapterStatus(
     num_experts=4,
     top_k=2,
     r=8,
+    targets=("q_proj",),
     num_parameters=1 << 40,
     num_bytes=1 << 41,
     digest="0123",

@@ -95,6 +95,7 @@ def test_it_learns_and_is_an_adapter_of_peft(
     card = (output / "README.md").read_text()
     assert f"# LoRA adapter ({', '.join(finished.targets)})" in card
     assert "import perft" not in card
+    assert ("perft-serve serve" in card) == (finished.targets == ["q_proj", "v_proj"])
     report = describe_adapter(output, base=tiny_base)
     assert (report.variant, report.targets, report.digest) == ("LoRA", finished.targets, finished.digest)
 

@@ -21,8 +21,12 @@ import httpx
 import msgspec
 import openai
 import pytest
+import torch
+from peft import PeftModel
 from replies import assert_error, events_of
 from running_server import BASE, RunningServer, running_server
+from tiny import random_lora
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from perft_serve import LLM, SamplingParams
 from perft_serve.adapters.catalog import CONFIG_FILE
@@ -608,6 +612,28 @@ class TestRefusals:
 
 class TestVllmsRoutes:
     LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+    def test_a_lora_as_vllm_knows_it(
+        self, server: RunningServer, spare: Path, tiny_base: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        random_lora(spare, base, r=4, target_modules=["q_proj", "v_proj"])
+        random_lora(
+            spare.with_name(f"{spare.name}-mlp"), base, r=2, target_parameters=["mlp.gate.weight"], target_modules=[]
+        )
+        assert server.http.post(self.LOAD, json={"lora_name": "x", "lora_path": str(spare)}).status_code == 200
+        prompt = torch.tensor([tiny_tokenizer(PROMPT)["input_ids"]])
+        oracle = PeftModel.from_pretrained(base, str(spare)).eval()
+        wanted = oracle.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, min_new_tokens=8, do_sample=False
+        )
+        assert ask(server, "x") == wanted[0, prompt.shape[1] :].tolist()
+        loaded = card(server, "x")
+        assert (loaded.variant, loaded.targets, loaded.r) == ("LoRA", ("q_proj", "v_proj"), 4)
+        told = server.http.post(COMPLETIONS, json=request_of("x", return_routing=True))
+        assert_error(told, 400, "'x' is a LoRA and has no adapter experts")
+        refused = server.http.post(self.LOAD, json={"lora_name": "y", "lora_path": f"{spare}-mlp"})
+        assert_error(refused, 400, "it is a LoRA on router", "q_proj, k_proj, v_proj, o_proj", param="lora_path")
 
     def test_load_reload_and_unload(
         self, server: RunningServer, folder: Path, tokens_of: Callable[..., list[int]]
