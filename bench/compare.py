@@ -9,7 +9,7 @@ of a model are started once and take turns, round by round in changing order; wh
 signal (ours is not: it sleeps when it has nothing to do, and its supervisor would take the stop for a hang).
 
 With `--adapters 4` everything is measured a second time with each stream on one of so many adapters: ours on routed ones
-(PERFT-R), a peer that can on LoRA adapters of the same rank on its attention, which is less work; the others are left out.
+(PERFT-R, `ours`), ours and a peer that can on the same LoRA adapters of the same rank on attention; other peers are left out.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from models import AdapterMaker, Model, find_model, make_loras
 from peers import MAX_MODEL_LEN, PEERS, Peer, convert_lora_to_gguf
 
 OURS = "ours"
+OURS_ON_LORA = "ours-lora"
 CHECKED_PROMPTS, CHECKED_TOKENS = 16, 16
 # Share of the prompts whose text must begin alike: bf16 rounds, and near ties fall either way; another model shares none
 MIN_AGREEMENT = 0.5
@@ -121,7 +122,12 @@ def compare(
         log = Path(folder) / "ours.log"
         settings = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(max(64, slots))]
         ours = stack.enter_context(
-            running_server(str(model.folder), log, adapters=adapters.get(OURS, {}), options=settings)
+            running_server(
+                str(model.folder),
+                log,
+                adapters={**adapters.get(OURS, {}), **adapters.get(OURS_ON_LORA, {})},
+                options=settings,
+            )
         )
         clients[OURS] = ours
 
@@ -137,9 +143,16 @@ def compare(
                     else {name: [None] for name in clients}
                 )
                 print(f" {concurrency} streams{' on adapters' if with_adapters else ''}", flush=True)
-                series = _measure({name: clients[name] for name in names}, names, concurrency, options)
+                series = _measure({name: clients.get(name, ours) for name in names}, names, concurrency, options)
                 print_table(series)
-                ratios = {f"{OURS}/{name}": ratio(series, OURS, name) for name in names if name != OURS}
+                ratios = {
+                    f"{OURS}/{name}": ratio(series, OURS, name) for name in names if name not in (OURS, OURS_ON_LORA)
+                }
+                on_lora = {}
+                if with_adapters:
+                    on_lora = {
+                        f"{OURS_ON_LORA}/{name}": ratio(series, OURS_ON_LORA, name) for name in names if name in clients
+                    }
                 result = {
                     "bench": "compare",
                     **around,
@@ -157,23 +170,23 @@ def compare(
                     "correctness": correctness,
                     "idle_cores_ours": idle,
                     **{name: one.summary() for name, one in series.items()},
-                    "ratios": {**ratios, f"{OURS}/best peer": min(ratios.values(), default=None)},
+                    "ratios": {**ratios, **on_lora, f"{OURS}/best peer": min(ratios.values(), default=None)},
                 }
                 write_result(options.results, result)
 
 
 def _make_adapters(model: Model, peers: Sequence[Peer], count: int, folder: Path) -> dict[str, dict[str, Path]]:
-    """Random adapters of rank 8 for everyone who can serve them, by server and by name: routed ones for us, LoRA for peers."""
+    """Random adapters of rank 8 for everyone who can serve them, by series and by name: routed ones for us, LoRA for all."""
     if not count:
         return {}
-    adapters = {OURS: AdapterMaker(model.folder).make(count, folder)}
-    able = [peer for peer in peers if peer.serves_loras]
-    if able:
-        files = {}
-        for name, path in make_loras(model.folder, count, folder).items():
-            files[name] = folder / f"{name}.gguf"
-            convert_lora_to_gguf(path, model.portable(), files[name])
-        adapters |= {peer.name: files for peer in able}
+    loras = make_loras(model.folder, count, folder)
+    adapters = {OURS: AdapterMaker(model.folder).make(count, folder), OURS_ON_LORA: loras}
+    for peer in peers:
+        if peer.serves_loras:
+            files = {name: folder / f"{name}.gguf" for name in loras}
+            for name, file in files.items():
+                convert_lora_to_gguf(loras[name], model.portable(), file)
+            adapters[peer.name] = files
     return adapters
 
 
@@ -249,7 +262,7 @@ def _measure(
     def run(name: str, index: int) -> Run:
         client = clients[name]
         seed = options.seed + 1000 * concurrency + index
-        with contextlib.nullcontext() if name == OURS else _awake(client):
+        with contextlib.nullcontext() if name.startswith(OURS) else _awake(client):
             client.run(make_jobs(adapters[name], concurrency, -3 - seed), 2)
             return client.run(make_jobs(adapters[name], requests, seed), options.max_tokens, concurrency)
 
