@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -71,10 +71,12 @@ INLINE bf16 bf16_of(float x) {
 
 INLINE int64_t size_of(int type) { return type == BF16 ? 2 : 4; }
 
-/* 16-bit numbers from and into 32 bits: compilers make many instructions of what AVX-512 has one for. */
+/* 16-bit numbers from and into 32 bits: compilers make many instructions of what x86 has one for. */
 INLINE u32xN widenN(const bf16 *from) {
 #ifdef __AVX512F__
   return (u32xN)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__AVX2__)
+  return (u32xN)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from));
 #else
   return __builtin_convertvector(*(const u16xN_any *)from, u32xN);
 #endif
