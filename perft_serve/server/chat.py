@@ -24,6 +24,7 @@ from perft_serve.server.protocol import (
     ChatMessage,
     ChatRequest,
     FunctionDelta,
+    RequestMetrics,
     ToolCallDelta,
     Usage,
 )
@@ -166,12 +167,14 @@ class ChatFormat(ReplyFormat):
             chunk.usage = usage
         return chunk.to_json()
 
-    def usage_chunk(self, usage: Usage) -> str:
+    def usage_chunk(self, usage: Usage, metrics: RequestMetrics | None) -> str:
         chunk = self._chunk([])
         chunk.usage = usage
+        if metrics is not None:
+            chunk.metrics = metrics
         return chunk.to_json()
 
-    def whole(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> str:
+    def whole(self, choices: Sequence[Sequence[Delta]], usage: Usage, metrics: RequestMetrics | None) -> str:
         for deltas in choices:
             self._fingerprint.see(deltas)
         completion = ChatCompletion(
@@ -183,6 +186,8 @@ class ChatFormat(ReplyFormat):
             choices=[self._choice(index, deltas) for index, deltas in enumerate(choices)],
             usage=usage,
         )
+        if metrics is not None:
+            completion.metrics = metrics
         if self._body.return_token_ids:
             completion.prompt_token_ids = list(self._prompt.ids)
         if self._body.prompt_logprobs is not None:

@@ -15,7 +15,14 @@ from perft_serve.engine.events import EngineRequest, TokenLogprobs
 from perft_serve.engine.params import SamplingParams
 from perft_serve.outputs import Delta
 from perft_serve.server.logprobs import LogprobFormat, shortened
-from perft_serve.server.protocol import Completion, CompletionChoice, CompletionRequest, PromptLogprobs, Usage
+from perft_serve.server.protocol import (
+    Completion,
+    CompletionChoice,
+    CompletionRequest,
+    PromptLogprobs,
+    RequestMetrics,
+    Usage,
+)
 from perft_serve.server.service import Fingerprint, Generation, Prompt, ReplyFormat, Service, StreamMode, routing_of
 
 
@@ -105,18 +112,22 @@ class CompletionFormat(ReplyFormat):
             chunk.usage = usage
         return chunk.to_json()
 
-    def usage_chunk(self, usage: Usage) -> str:
+    def usage_chunk(self, usage: Usage, metrics: RequestMetrics | None) -> str:
         chunk = self._completion([])
         chunk.usage = usage
+        if metrics is not None:
+            chunk.metrics = metrics
         return chunk.to_json()
 
-    def whole(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> str:
+    def whole(self, choices: Sequence[Sequence[Delta]], usage: Usage, metrics: RequestMetrics | None) -> str:
         for deltas in choices:
             self._fingerprint.see(deltas)
         completion = self._completion(
             [self._choice(index, deltas, is_first=True) for index, deltas in enumerate(choices)]
         )
         completion.usage = usage
+        if metrics is not None:
+            completion.metrics = metrics
         return completion.to_json()
 
     def _completion(self, choices: list[CompletionChoice]) -> Completion:

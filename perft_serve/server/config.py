@@ -65,6 +65,13 @@ class ServerConfig:
             "choices": ("auto", "hermes", "mistral"),
         },
     )
+    per_request_metrics: str = field(
+        default="off",
+        metadata={
+            "help": "on or off: replies carry their request's times (metrics), as vLLM's do with --enable-per-request-metrics.",
+            "choices": ("on", "off"),
+        },
+    )
     max_adapter_labels: int = field(
         default=50,
         metadata={"help": "The most adapters that have metrics of their own, by traffic; the rest share one label."},
@@ -185,7 +192,7 @@ class ServerConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.log_format not in get_args(LogFormat):
             raise ValueError(f"log_format must be 'text' or 'json', got {self.log_format!r}")
-        for name in ("access_log", "trace_prompts"):
+        for name in ("access_log", "trace_prompts", "per_request_metrics"):
             if getattr(self, name) not in ("on", "off"):
                 raise ValueError(f"{name} must be 'on' or 'off', got {getattr(self, name)!r}")
         if self.trace_prompts == "on" and self.otlp_traces_endpoint is None:

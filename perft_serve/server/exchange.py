@@ -13,6 +13,7 @@ from typing import Any
 from starlette.requests import Request
 
 from perft_serve.server.metrics import RequestRecorder
+from perft_serve.server.protocol import RequestMetrics
 
 logger = logging.getLogger("perft_serve.access")
 
@@ -65,6 +66,23 @@ class Exchange:
         """When the first token of all came (`time.monotonic()`)."""
         return min((each.first_token for each in self.recorders if each.num_tokens), default=None)
 
+    @property
+    def metrics(self) -> RequestMetrics | None:
+        """Its times, if it is one completion of one prompt: those of several are nobody's."""
+        if len(self.recorders) != 1:
+            return None
+        (recorder,) = self.recorders
+        queue, prefill, num_tokens = recorder.queue_seconds, recorder.prefill_seconds, recorder.num_tokens
+        decode = recorder.decode_seconds if num_tokens else None
+        busy = None if prefill is None or decode is None else prefill + decode
+        return RequestMetrics(
+            time_to_first_token_ms=_milliseconds(prefill if num_tokens else None),
+            generation_time_ms=_milliseconds(decode),
+            queue_time_ms=_milliseconds(queue),
+            mean_itl_ms=_milliseconds(decode / (num_tokens - 1) if decode is not None and num_tokens > 1 else None),
+            tokens_per_second=round(num_tokens / busy, 3) if busy else None,
+        )
+
     def log(self, scope: Any, status: int, seconds: float) -> None:
         """Writes its line of the access log; `status` 0: it was never answered."""
         path = scope["path"]
@@ -91,6 +109,10 @@ class Exchange:
                 "finish_reasons": ",".join(sorted({str(each.finish_reason) for each in self.recorders})),
             }
         logger.log(level, "answered", extra=fields)
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 3)
 
 
 def exchange_of(request: Request) -> Exchange:

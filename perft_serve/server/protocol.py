@@ -750,6 +750,18 @@ class Usage(_Reply):
     prompt_tokens_details: PromptTokensDetails
 
 
+class RequestMetrics(_Reply):
+    """Times of a request of one completion, as vLLM's `metrics` has them; `None`: there was nothing to measure."""
+
+    time_to_first_token_ms: float | None = Field(description="From its first step to its first token.")
+    generation_time_ms: float | None = Field(description="From its first token to its last.")
+    queue_time_ms: float | None = Field(description="From its arrival in the engine to its first step.")
+    mean_itl_ms: float | None = Field(description="Mean gap between two tokens.")
+    tokens_per_second: float | None = Field(
+        description="Its tokens over the time from its first step to the last of them."
+    )
+
+
 class CompletionLogprobs(_Reply):
     """Log-probabilities, one entry per token in each list."""
 
@@ -809,6 +821,7 @@ class Completion(_Reply):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    metrics: RequestMetrics | None = None
 
 
 class TopLogprob(_Reply):
@@ -877,6 +890,7 @@ class ChatCompletion(_Reply):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    metrics: RequestMetrics | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
@@ -903,6 +917,7 @@ class ChatChunk(_Reply):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    metrics: RequestMetrics | None = None
     prompt_token_ids: list[int] | None = None
 
 

@@ -28,7 +28,7 @@ from perft_serve.server.config import ServerConfig
 from perft_serve.server.errors import ApiError
 from perft_serve.server.exchange import exchange_of
 from perft_serve.server.models import ModelNames
-from perft_serve.server.protocol import PromptTokensDetails, RequestT, Routing, Usage, parse_request
+from perft_serve.server.protocol import PromptTokensDetails, RequestMetrics, RequestT, Routing, Usage, parse_request
 from perft_serve.server.sse import CLIENT_CLOSED_REQUEST, EventStreamResponse, until_disconnect
 from perft_serve.text import TextTokenizer
 
@@ -84,11 +84,11 @@ class ReplyFormat(ABC):
         """The stream's chunk for what was added to a choice, as JSON; `None` if there is nothing to show."""
 
     @abstractmethod
-    def usage_chunk(self, usage: Usage) -> str:
-        """The stream's last chunk, with the token counts, as JSON."""
+    def usage_chunk(self, usage: Usage, metrics: RequestMetrics | None) -> str:
+        """The stream's last chunk, with the token counts and the request's times (if they are to be told), as JSON."""
 
     @abstractmethod
-    def whole(self, choices: Sequence[Sequence[Delta]], usage: Usage) -> str:
+    def whole(self, choices: Sequence[Sequence[Delta]], usage: Usage, metrics: RequestMetrics | None) -> str:
         """The reply that is not streamed, as JSON; all deltas of each choice."""
 
 
@@ -150,19 +150,19 @@ class Generation:
             if chunk is not None:
                 yield chunk
 
-    def last_chunks(self) -> Iterator[str]:
+    def last_chunks(self, metrics: RequestMetrics | None) -> Iterator[str]:
         """What a stream ends with."""
         if self._mode.include_usage:
-            yield self._reply.usage_chunk(self._usage())
+            yield self._reply.usage_chunk(self._usage(), metrics)
 
-    async def whole(self, submit: Callable[[], EventStream]) -> str:
+    async def whole(self, submit: Callable[[], EventStream], metrics: Callable[[], RequestMetrics | None]) -> str:
         """Runs to the end, and gives the reply that is not streamed."""
         deltas: list[list[Delta]] = [[] for _ in self.requests]
         with submit() as stream:
             async for events in stream:
                 for index, delta in self._deltas(stream, events):
                     deltas[index].append(delta)
-        return self._reply.whole(deltas, self._usage())
+        return self._reply.whole(deltas, self._usage(), metrics())
 
     def _deltas(self, stream: EventStream, events: Iterable[TokenEvent]) -> Iterator[tuple[int, Delta]]:
         for event in events:
@@ -294,12 +294,18 @@ class Service:
             exchange_of(request).follow(model, stream.recorders)
             return stream
 
+        def metrics() -> RequestMetrics | None:
+            return exchange_of(request).metrics if self._config.per_request_metrics == "on" else None
+
         if generation.streams:
             return EventStreamResponse(
-                submit, generation.chunks, generation.last_chunks, keep_alive=self._config.stream_keep_alive
+                submit,
+                generation.chunks,
+                lambda: generation.last_chunks(metrics()),
+                keep_alive=self._config.stream_keep_alive,
             )
         try:
-            body = await until_disconnect(request.receive, generation.whole(submit))
+            body = await until_disconnect(request.receive, generation.whole(submit, metrics))
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         return Response(body, media_type="application/json")

@@ -36,6 +36,42 @@ class TestCompletions:
         assert set(body["choices"][0]) == {"index", "text", "logprobs", "finish_reason", "stop_reason"}
         assert abs(body["created"] - time.time()) < 60
 
+    def test_times_of_a_request(self, start_server: Callable[..., RunningServer]) -> None:
+        server = start_server(ServerConfig(per_request_metrics="on"))
+        server.complete(max_tokens=1)  # what is done once
+        server.knobs.set(pace=0.03)
+        body = {"prompt": "hello world", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        began = time.monotonic()
+        whole = server.complete(max_tokens=5)
+        took = 1000 * (time.monotonic() - began)
+        Completion.model_validate(whole, strict=True)
+        stream = {"stream": True, "stream_options": {"include_usage": True}}
+        *before, last = events_of(server.post(COMPLETIONS, {**body, **stream}).text)
+        Completion.model_validate(last, strict=True)
+        chat = {"messages": MESSAGES, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        answer = server.post(CHAT, chat).json()
+        ChatCompletion.model_validate(answer, strict=True)
+        *_, last_answer = events_of(server.post(CHAT, {**chat, **stream}).text)
+        ChatChunk.model_validate(last_answer, strict=True)
+        for reply in (whole, last, answer, last_answer):
+            times = reply["metrics"]
+            assert times["queue_time_ms"] >= 25  # the pause comes before the step
+            assert times["time_to_first_token_ms"] > 0
+            assert times["generation_time_ms"] >= 4 * 25
+            assert times["mean_itl_ms"] == pytest.approx(times["generation_time_ms"] / 4, abs=0.01)
+            busy = times["time_to_first_token_ms"] + times["generation_time_ms"]
+            assert times["tokens_per_second"] == pytest.approx(5000 / busy, rel=0.01)
+        parts = ("queue_time_ms", "time_to_first_token_ms", "generation_time_ms")
+        assert sum(whole["metrics"][part] for part in parts) < took
+        assert not any("metrics" in event for event in before)
+        alone = server.complete(max_tokens=1)["metrics"]
+        assert (alone["generation_time_ms"], alone["mean_itl_ms"]) == (0, None)
+        # Those of several are nobody's
+        assert "metrics" not in server.complete(max_tokens=2, n=2)
+        assert "metrics" not in server.complete(max_tokens=2, prompt=["hello", "world"])
+        nothing = server.complete(max_tokens=0, echo=True)["metrics"]
+        assert nothing["time_to_first_token_ms"] is nothing["tokens_per_second"] is None
+
     def test_choices_are_numbered_over_prompts_and_completions(self, server: RunningServer) -> None:
         one = server.complete(max_tokens=4)
         body = server.complete(prompt=["hello world", "fox"], n=3, max_tokens=4, return_token_ids=True)
@@ -155,7 +191,8 @@ class TestChat:
 
     def test_stream_shape(self, server: RunningServer) -> None:
         options = {"include_usage": True, "continuous_usage_stats": True}
-        reply = server.post(CHAT, {"messages": MESSAGES, "max_tokens": 5, "stream": True, "stream_options": options})
+        body = {"messages": MESSAGES, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+        reply = server.post(CHAT, {**body, "stream": True, "stream_options": options})
         assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
         chunks = events_of(reply.text)
         for chunk in chunks:
