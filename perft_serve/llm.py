@@ -26,7 +26,7 @@ from perft_serve.outputs import CompletionCollector, RequestOutput, logprob_dict
 from perft_serve.text import load_tokenizer
 
 Prompt: TypeAlias = "str | Sequence[int]"
-Message: TypeAlias = "Mapping[str, str]"
+Message: TypeAlias = "Mapping[str, Any]"
 
 # Nothing is lost by it, but a signal is noticed: how long to wait for an adapter without looking up.
 _WAIT_SECONDS = 1.0
@@ -107,24 +107,47 @@ class LLM:
         adapter: str | Sequence[str | None] | None = None,
         priority: int | Sequence[int] = 0,
         progress: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers conversations, written in the tokenizer's own chat template.
 
         Args:
-            messages: one conversation (a list of `{"role": ..., "content": ...}`), or a list of conversations.
+            messages: one conversation (a list of `{"role": ..., "content": ...}`), or a list of conversations; what else
+                messages have (`tool_calls`, `name`) is as the template takes it.
             params, adapter, priority, progress: as in `generate`.
+            tools: what the model may call in all of them, in OpenAI's form (`{"type": "function", "function": {...}}`). Calls
+                come back in the text, as the model writes them.
+            add_generation_prompt: open the conversation for the assistant's answer.
+            continue_final_message: leave the last message open, so that the answer continues it (with
+                `add_generation_prompt=False`).
+            chat_template_kwargs: further variables of the template.
 
         Raises:
-            RequestError: as in `generate`; or the model has no chat template.
+            RequestError: as in `generate`; or the model has no chat template, or one without a place for tools.
         """
         if not messages:
             raise RequestError("there are no messages", param="messages")
+        if add_generation_prompt and continue_final_message:
+            raise RequestError(
+                "add_generation_prompt begins an answer, continue_final_message continues one: set one of them to False",
+                param="continue_final_message",
+            )
         single = isinstance(messages[0], Mapping)
         conversations = cast("Sequence[Sequence[Message]]", [messages] if single else messages)
         params_list = _params_list(params, len(conversations))
         encoded: list[tuple[str | None, tuple[int, ...]]] = []
         for conversation, one_params in zip(conversations, params_list, strict=True):
-            ids = self._inputs.chat_ids([dict(message) for message in conversation], one_params)
+            ids = self._inputs.chat_ids(
+                [dict(message) for message in conversation],
+                one_params,
+                tools=tools or (),
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                variables=chat_template_kwargs,
+            )
             encoded.append((self.tokenizer.decode(ids) if self.tokenizer else None, ids))
         return self._run(encoded, params_list, adapter, priority, progress)
 

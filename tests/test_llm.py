@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perft.errors import AdapterError
 from perft_serve import LLM, RequestError, SamplingParams, StructuredOutputsParams
@@ -147,6 +147,42 @@ def test_chat_uses_the_template(llm: LLM) -> None:
     two = llm.chat([[{"role": "user", "content": text}] for text in ("hi", "ho")], GREEDY, adapter=[None, "routed"])
     assert two[0].outputs == result.outputs
     assert two[1].adapter == "routed"
+    asked = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    (result,) = llm.chat(asked, GREEDY, add_generation_prompt=False, continue_final_message=True)
+    assert result.prompt == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho"
+    with pytest.raises(RequestError, match="set one of them to False"):
+        llm.chat(asked, GREEDY, continue_final_message=True)
+    with pytest.raises(RequestError, match="no place for tools"):
+        llm.chat(asked, GREEDY, tools=[{"type": "function", "function": {"name": "go"}}])
+
+
+def test_chat_with_tools(tiny_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for tool in tools or [] %}<tool>{{ tool.function.name }}</tool>{% endfor %}"
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}"
+        "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}; {% endfor %}"
+        "{% if mood %}({{ mood }}) {% endif %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    llm = LLM(str(folder), dtype="float32", device="cpu", kv_memory=1 << 22)
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("go", "stop")
+    ]
+    call = {"id": "1", "type": "function", "function": {"name": "go", "arguments": {}}}
+    talk = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "done"},
+    ]
+    results = llm.chat([talk, talk[:1]], GREEDY, tools=tools, chat_template_kwargs={"mood": "calm"})
+    llm.close()
+    assert [result.prompt for result in results] == [
+        "<tool>go</tool><tool>stop</tool>user: hi; assistant: <call>go</call>; tool: done; (calm) assistant: ",
+        "<tool>go</tool><tool>stop</tool>user: hi; (calm) assistant: ",
+    ]
+    assert all(len(result.outputs[0].token_ids) == 12 for result in results)
 
 
 @pytest.mark.parametrize(
