@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format demo-adapters bench bench-peers bench-compare bench-adapters conformance constraints clean
+.PHONY: help install demo test check format demo-adapters small-world bench bench-peers bench-compare bench-adapters conformance constraints clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ demo-adapters: $(INSTALLED) ## Train the demo adapters anew from demo/recipes, a
 	$(BIN)/python demo/make_data.py
 	set -e; for recipe in demo/recipes/*.yaml; do $(BIN)/perft train --config $$recipe --overwrite; done
 	$(BIN)/python demo/evaluate.py --model $(DEMO_BASE)
+
+small-world: $(INSTALLED) ## Go on with the paper's comparison on the demo base (options: WORLD_ARGS="--list").
+	$(BIN)/python recipes/small_world/run.py $(WORLD_ARGS)
 
 bench: $(INSTALLED) ## Measure mixed adapters against the base alone and against Transformers + PEFT.
 	$(BIN)/python bench/serving.py $(BENCH_ARGS)
