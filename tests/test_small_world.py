@@ -167,8 +167,8 @@ def test_a_world_from_end_to_end(tmp_path: Path, tiny_base: Path, capsys: pytest
         "held_out_examples": 4,
         "eval_questions": {"piqa": 5},
         "activated_per_layer": 256,
-        "methods": {name: WORLD["methods"][name] for name in ("S", "qvLoRA", "E")},
-        "search": {"base": "tiny", "seed": 0, "train_examples": 4, "methods": {"S": [1e-3], "qvLoRA": [2e-3]}},
+        "methods": {"S": WORLD["methods"]["S"], "qvLoRA": {"learning_rate": 2e-3}, "E": WORLD["methods"]["E"]},
+        "search": {"base": "tiny", "seed": 0, "train_examples": 4, "methods": {"S": [1e-3]}},
     }
     (tmp_path / "world.yaml").write_text(yaml.safe_dump(world))
     results = tmp_path / "lines.jsonl"
@@ -179,12 +179,11 @@ def test_a_world_from_end_to_end(tmp_path: Path, tiny_base: Path, capsys: pytest
     lines = run.read_lines(results)
     assert [(each["kind"], each["method"], each.get("seed")) for each in lines] == [
         ("search", "S", 0),
-        ("search", "qvLoRA", 0),
         ("run", "base", None),
         ("run", "S", 1),
         ("run", "qvLoRA", 1),
     ]
-    _, _, base, trained, lora = lines
+    _, base, trained, lora = lines
     assert [each["train"]["learning_rate"] for each in (trained, lora)] == [1e-3, 2e-3]
     assert (lora["r"], lora["activated"]) == (2, 2 * 2 * (32 + 32 + 32 + 16))  # the closest to 256 a layer
     assert lora["answer_bits"]["piqa"]["value"] != base["answer_bits"]["piqa"]["value"]  # what was merged is asked
