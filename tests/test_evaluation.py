@@ -169,10 +169,12 @@ def test_the_command_asks_clozes(
     for name, entry in models.items():
         its = read_examples(f"{out}:{name}")
         assert entry["tasks"]["piqa"]["accuracy"] == sum(example.correct for example in its) / NUM_PIQA
-        right = sum(
-            max(example.scores, key=lambda word, e=example: e.scores[word] / e.choice_lengths[word]) == example.answer
-            for example in its
-        )
+        right = 0
+        for example in its:
+            assert example.scores is not None
+            assert example.choice_lengths is not None
+            by_length = {word: score / example.choice_lengths[word] for word, score in example.scores.items()}
+            right += max(by_length, key=by_length.__getitem__) == example.answer
         assert entry["tasks_norm"]["piqa"]["accuracy"] == right / NUM_PIQA
         assert entry["answer_bits"]["piqa"]["low"] < entry["answer_bits"]["piqa"]["value"]
     assert models["base"]["answer_bits"] != models["one"]["answer_bits"]

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,7 +172,7 @@ def test_chat_with_tools(tiny_base: Path, tmp_path: Path) -> None:
         {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("go", "stop")
     ]
     call = {"id": "1", "type": "function", "function": {"name": "go", "arguments": {}}}
-    talk = [
+    talk: list[dict[str, Any]] = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "done"},
