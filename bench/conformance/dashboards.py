@@ -1,5 +1,7 @@
 """Whether the metrics, the alerts and the dashboard in `deploy/` hold against a real server under load and a real Prometheus.
 
+The server has API keys, so the scrape is an authorised one, as `prometheus.yml` says how.
+
 In: the demo base and its adapters, Prometheus and promtool (of the path, or of Debian's package, unpacked without root). Out: a
 table of the dashboard's queries with how many series each gave; exit status 1 if promtool objects to anything, or if a query
 gave no number.
@@ -36,6 +38,8 @@ SCRAPE_SECONDS = 2
 VARIABLES = {"$__rate_interval": "20s", "$instance": ".*"}
 # Small enough that adapters and pages push one another out.
 SMALL = ("--adapter-memory", "3M", "--kv-memory", "8M", "--max-num-seqs", "8", "--max-model-len", "256")
+KEY = "the-operators-key"
+AUTHORISED = {"authorization": f"Bearer {KEY}"}
 QUESTION = "A long question about the harbour, the lighthouse and the old library, asked again and again. "
 
 
@@ -64,7 +68,9 @@ def check(tools: Path, model: Path, seconds: float, folder: Path) -> bool:
     host, _, port = address.rpartition(":")
     serve = [sys.executable, "-m", "perft_serve.cli", "serve", "--model", str(model), "--host", host, "--port", port]
     server = Process(
-        [*serve, "--adapter-dir", str(ADAPTERS), "--served-model-name", "base", *SMALL], {}, folder / "server.log"
+        [*serve, "--adapter-dir", str(ADAPTERS), "--served-model-name", "base", *SMALL],
+        {"PERFT_API_KEYS": KEY},
+        folder / "server.log",
     )
     try:
         server.wait_until_healthy(f"http://{address}/ready")
@@ -73,7 +79,7 @@ def check(tools: Path, model: Path, seconds: float, folder: Path) -> bool:
             prometheus.wait_until_healthy(f"{url}/-/ready")
             load(f"http://{address}", seconds)
             time.sleep(2 * SCRAPE_SECONDS)
-            with urlopen(f"http://{address}/metrics", timeout=30) as answer:
+            with urlopen(Request(f"http://{address}/metrics", headers=AUTHORISED), timeout=30) as answer:
                 scrape = answer.read()
             good &= run_tool([promtool, "check", "metrics"], scrape)
             print(f"a scrape: {len(scrape):,} bytes, {scrape.count(10):,} lines")
@@ -122,7 +128,13 @@ def run_tool(command: list[str], text: bytes | None = None) -> bool:
 def start_prometheus(tools: Path, target: str, folder: Path) -> tuple[Process, str]:
     """The configuration in `deploy/`, for another target and more often."""
     config = (DEPLOY / "prometheus.yml").read_text(encoding="utf-8")
-    for old, new in (("localhost:8000", target), ("interval: 15s", f"interval: {SCRAPE_SECONDS}s")):
+    (folder / "key").write_text(KEY)
+    for old, new in (
+        ("localhost:8000", target),
+        ("interval: 15s", f"interval: {SCRAPE_SECONDS}s"),
+        ("    # authorization:\n    #   credentials_file: ", "    authorization:\n      credentials_file: "),
+        ("/etc/prometheus/perft-key", str(folder / "key")),
+    ):
         assert old in config, old
         config = config.replace(old, new)
     (folder / "prometheus.yml").write_text(config, encoding="utf-8")
@@ -162,7 +174,8 @@ def load(url: str, seconds: float) -> None:
 
 
 def post(url: str, **body: Any) -> None:
-    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+    headers = {"content-type": "application/json", **AUTHORISED}
+    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
     try:
         with urlopen(request, timeout=120) as answer:
             answer.read()
