@@ -32,6 +32,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoTokenizer,
     EarlyStoppingCallback,
@@ -141,6 +142,7 @@ def train(
         write_record(output, run)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
+    _make_whole(model)
     if processes.is_main_process:
         outcome = {
             "steps": trainer.state.global_step,
@@ -160,6 +162,14 @@ def train(
         log.write(history)
     processes.wait_for_everyone()
     return read_any_adapter(output)
+
+
+def _make_whole(model: nn.Module) -> None:
+    """Brings trained parameters that FSDP has spread over the processes together again; every process takes part."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad and isinstance(parameter, DTensor):
+                module.register_parameter(name, nn.Parameter(parameter.full_tensor()))
 
 
 class PerftTrainer(Trainer):

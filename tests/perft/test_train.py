@@ -34,6 +34,8 @@ from perft.layer import PerftLayer
 from perft.recipe import TrainConfig, recipe_values
 from perft.train import train
 
+DDP = ("--multi_gpu",)
+FSDP2 = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
 WORDS = ["hello", "world", "experts", "router", "token", "adapter", "fox", "dog"]
 
 
@@ -441,7 +443,10 @@ def test_streaming_a_hub_data_set_needs_its_commit(recipe: Callable[..., TrainCo
         train(recipe(data=("acme/tickets:train",), streaming=True), PerftConfig(r=2))
 
 
-def test_two_processes_have_the_loss_curve_of_one(recipe: Callable[..., TrainConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", [DDP, FSDP2], ids=["DDP", "FSDP2"])
+def test_two_processes_have_the_loss_curve_of_one(
+    way: tuple[str, ...], recipe: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
     """`accelerate launch` on two gloo processes with half the batch each, accumulating, equals one process."""
     adapter = PerftConfig(num_experts=3, top_k=2, r=4, router_aux_loss_coef=0.0)
     changes: dict[str, Any] = {"eval_split": 2, "eval_steps": 3, "max_steps": 5, "gradient_accumulation": 2}
@@ -450,7 +455,7 @@ def test_two_processes_have_the_loss_curve_of_one(recipe: Callable[..., TrainCon
     shared = recipe(output=str(tmp_path / "shared"), batch_size=1, **changes)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_values(shared, adapter)))
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *(sys.executable, "-m", "accelerate.commands.launch", *way, "--num_processes", "2"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
         *("--module", "perft.cli", "train", "--config", str(tmp_path / "recipe.yaml")),
     ]
