@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo_base(commands)
     _add_data(commands)
     _add_compare(commands)
+    _add_analyze(commands)
     for entry in entry_points(group=COMMANDS):
         entry.load()(commands)
     return parser
@@ -145,6 +146,63 @@ def _run_compare(args: argparse.Namespace) -> None:
     if args.output is not None:
         for path in write_comparison(overview, args.output):
             print(f"wrote {path}")
+
+
+def _add_analyze(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "analyze",
+        "show what an adapter's experts and router do beside the base's",
+        "Runs an adapter over data and shows how routers' vectors lie to the memories they lead to (the paper's figure 3), "
+        "which base and adapter experts are chosen, and which together, as a table, PNG files and one HTML page.",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("--base", required=True, help="its base: a folder or a hub id")
+    parser.add_argument("--data", required=True, nargs="+", metavar="DATA", help="data, as `perft train` takes it")
+    parser.add_argument("--columns", nargs="+", default=[], help="fields of the data to take, as theirs=ours")
+    parser.add_argument("--limit", type=int, default=256, metavar="N", help="use the first N examples (default 256)")
+    parser.add_argument("--max-length", type=int, default=256, metavar="N", help="cut them at N tokens (default 256)")
+    parser.add_argument("--output", metavar="DIR", help="write PNG files, analysis.html and analysis.json here")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="draw these layers (default: six, evenly)")
+    parser.add_argument(
+        "--projection",
+        choices=("pca", "umap"),
+        default="pca",
+        help="vectors into the plane; umap needs umap-learn (default pca)",
+    )
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="dtype of the base")
+    parser.add_argument("--seed", type=int, default=0, help="seed of what is drawn and of UMAP (default 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_run_analyze)
+
+
+def _run_analyze(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from perft.analysis import analyze
+    from perft.analysis_report import render, require_plotting, write_report
+
+    if args.output is not None:
+        require_plotting(args.projection)
+    elif args.layers is not None or args.projection != "pca":
+        raise PerftError("--layers and --projection say what is drawn; give --output")
+    analysis = analyze(
+        args.adapter,
+        args.base,
+        args.data,
+        columns=args.columns,
+        limit=args.limit,
+        max_length=args.max_length,
+        dtype=args.dtype,
+        seed=args.seed,
+    )
+    if args.json:
+        print(json.dumps(analysis.to_dict()))
+    else:
+        Console().print(render(analysis))
+    if args.output is not None:
+        paths = write_report(analysis, args.output, projection=args.projection, layers=args.layers, seed=args.seed)
+        print(*(f"wrote {path}" for path in paths), sep="\n", file=sys.stderr)
 
 
 def _add_import(commands: Any) -> None:
