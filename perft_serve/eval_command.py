@@ -8,8 +8,9 @@ imported when it runs.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,16 @@ from perft.errors import PerftError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from perft.scores import Comparison, Score
+    from perft.scores import Comparison, Example, Score
     from perft.tasks import TaskData
+    from perft_serve.evaluation import EvalSettings
+    from perft_serve.llm import LLM
 
 BASE = "base"
+NUM_BEAMS = 4
+HARNESS = "lm_eval:"
+"""What names of lm-evaluation-harness' tasks begin with here."""
+HARNESS_EXAMPLES = "lm_eval_examples.jsonl"
 
 
 def add_eval(commands: Any) -> None:
@@ -48,12 +55,19 @@ def add_eval(commands: Any) -> None:
         nargs="+",
         default=["commonsense"],
         metavar="TASK",
-        help="tasks, commonsense or arithmetic (default: commonsense)",
+        help="tasks, commonsense or arithmetic (default: commonsense); lm_eval:NAME is a task of lm-evaluation-harness",
     )
     parser.add_argument("--data", metavar="DIR", help="folder of TASK/SPLIT.jsonl or .json (see `perft data fetch`)")
+    parser.add_argument("--include-path", metavar="DIR", help="lm_eval: a folder with tasks of your own, as YAML")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="lm_eval: examples before each question (default: the task's own)"
+    )
     parser.add_argument("--split", help="which file of a task (default: test, or validation where there is no test)")
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="ask N questions of each task, drawn by --seed (default: all)"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="ask N questions of each task, drawn by --seed (lm_eval: the first N; default: all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw and of the bootstrap (default 0)")
     parser.add_argument(
@@ -67,7 +81,7 @@ def add_eval(commands: Any) -> None:
         help="ask the bare question and take the likeliest text, as lm-evaluation-harness does (piqa, ARC, openbookqa)",
     )
     parser.add_argument(
-        "--num-beams", type=int, default=4, metavar="N", help="beams; 1 is greedy (default 4, as in the paper)"
+        "--num-beams", type=int, default=NUM_BEAMS, metavar="N", help="beams; 1 is greedy (default 4, as in the paper)"
     )
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="longest reply (default as in the paper: 4, arithmetic 256)"
@@ -125,6 +139,8 @@ def _refuse_without_model(args: argparse.Namespace) -> None:
             "--no-base": args.no_base,
             "--data": args.data,
             "--split": args.split,
+            "--include-path": args.include_path,
+            "--num-fewshot": args.num_fewshot is not None,
             "--limit": args.limit,
             "--score": args.score,
             "--cloze": args.cloze,
@@ -146,32 +162,17 @@ def _compare_earlier(first: str, second: str, *, seed: int) -> Comparison:
 
 
 def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Table]]:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from perft.report import describe_adapter
-    from perft.scores import answer_bits, average, compare, normalised, score_tasks, write_results
+    from perft.scores import write_results
     from perft.tasks import load_task, select_tasks
-    from perft_serve.evaluation import EvalSettings, draw, evaluate
+    from perft_serve.evaluation import EvalSettings
     from perft_serve.llm import LLM
 
     adapters = _adapters(args.adapter)
     models = [*([] if args.no_base else [BASE]), *adapters]
-    if not models:
-        raise PerftError("nothing to evaluate: --no-base without an --adapter")
-    if args.data is None:
-        raise PerftError("give --data DIR, the folder of the tasks' data; `perft data fetch all --to DIR` makes one")
-    for name in args.compare or ():
-        if name not in models:
-            raise PerftError(f"--compare: {name!r} is not evaluated here; there are {', '.join(models)}")
-    if args.score and args.cloze:
-        raise PerftError("--score and --cloze are two ways to ask; give one")
+    harness = [name.removeprefix(HARNESS) for name in args.tasks if name.startswith(HARNESS)]
+    names = [name for name in args.tasks if not name.startswith(HARNESS)]
+    _check(args, models, names, harness)
     settings = EvalSettings(
         mode="cloze" if args.cloze else "score" if args.score else "generate",
         num_beams=args.num_beams,
@@ -179,8 +180,18 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Table]]:
         limit=args.limit,
         seed=args.seed,
     )
-    tasks = [load_task(task, args.data, args.split) for task in select_tasks(args.tasks)]
+    tasks = [load_task(task, args.data, args.split) for task in select_tasks(names)]
     reports = {name: describe_adapter(path, base=args.model).to_dict() for name, path in adapters.items()}
+    results: dict[str, Any] = {
+        "base": args.model,
+        "settings": asdict(settings) | {"dtype": args.dtype},
+        "versions": _versions(),
+        "tasks": {data.task.name: _source(data) for data in tasks},
+        "models": {},
+    }
+    tables: list[Table] = []
+    examples: list[Example] = []
+    samples: list[dict[str, Any]] = []
     llm = LLM(
         args.model,
         adapters,
@@ -191,35 +202,96 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Table]]:
         kv_memory=args.kv_memory,
         adapter_memory=args.adapter_memory,
     )
+    try:
+        if tasks:
+            examples = _ask(llm, models, tasks, settings, args, results, tables, reports)
+        if harness:
+            results["lm_eval"], samples = _run_harness(llm, models, harness, args)
+            results["adapters"] = reports
+            tables.append(harness_table(results["lm_eval"]))
+    finally:
+        llm.close()
+    if args.output is not None:
+        write_results(args.output, results, examples)
+        if samples:
+            lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in samples)
+            (Path(args.output) / HARNESS_EXAMPLES).write_text(lines, encoding="utf-8")
+    return results, tables
+
+
+def _check(args: argparse.Namespace, models: Sequence[str], names: Sequence[str], harness: Sequence[str]) -> None:
+    """The arguments fit together."""
+    if not models:
+        raise PerftError("nothing to evaluate: --no-base without an --adapter")
+    if args.score and args.cloze:
+        raise PerftError("--score and --cloze are two ways to ask; give one")
+    for name in args.compare or ():
+        if name not in models:
+            raise PerftError(f"--compare: {name!r} is not evaluated here; there are {', '.join(models)}")
+    if names and args.data is None:
+        raise PerftError("give --data DIR, the folder of the tasks' data; `perft data fetch all --to DIR` makes one")
+    if harness and importlib.util.find_spec("lm_eval") is None:
+        raise PerftError(f"{HARNESS}{harness[0]} needs lm-evaluation-harness: pip install 'perft-serve[lm-eval]'")
+    if not harness and (args.include_path is not None or args.num_fewshot is not None):
+        raise PerftError(f"--include-path and --num-fewshot are for tasks of lm-evaluation-harness ({HARNESS}NAME)")
+    if not names:
+        given = {
+            "--data": args.data,
+            "--split": args.split,
+            "--score": args.score,
+            "--cloze": args.cloze,
+            "--max-new-tokens": args.max_new_tokens,
+            "--num-beams": args.num_beams != NUM_BEAMS,
+            "--compare": args.compare,
+        }
+        if any(given.values()):
+            unused = ", ".join(option for option, value in given.items() if value)
+            raise PerftError(f"{unused}: not for tasks of lm-evaluation-harness, and there are no others in --tasks")
+
+
+def _ask(
+    llm: LLM,
+    models: Sequence[str],
+    tasks: Sequence[TaskData],
+    settings: EvalSettings,
+    args: argparse.Namespace,
+    results: dict[str, Any],
+    tables: list[Table],
+    reports: Mapping[str, Any],
+) -> list[Example]:
+    """The paper's tasks: asks, and adds what came out to `results` and `tables`."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from perft.scores import answer_bits, average, compare, normalised, score_tasks
+    from perft_serve.evaluation import draw, evaluate
+
     bar = Progress(
         *(TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()),
         disable=args.json,
     )
-    try:
-        with bar:
-            total = len(models) * sum(len(draw(data, settings.limit, settings.seed)) for data in tasks)
-            row = bar.add_task("questions", total=total)
-            examples = evaluate(llm, models, tasks, settings, done=lambda count: bar.advance(row, count))
-    finally:
-        llm.close()
+    with bar:
+        total = len(models) * sum(len(draw(data, settings.limit, settings.seed)) for data in tasks)
+        row = bar.add_task("questions", total=total)
+        examples = evaluate(llm, models, tasks, settings, done=lambda count: bar.advance(row, count))
     scores = score_tasks(examples)
     averages = {model: average(list(scores[model].values()), args.seed) for model in models}
-    results: dict[str, Any] = {
-        "base": args.model,
-        "settings": asdict(settings) | {"dtype": args.dtype},
-        "versions": _versions(),
-        "tasks": {data.task.name: _source(data) for data in tasks},
-        "models": {
-            model: {
-                "adapter": reports.get(model),
-                "tasks": {task: asdict(score) for task, score in scores[model].items()},
-                "average": asdict(averages[model]),
-                "truncated_prompts": sum(example.truncated for example in examples if example.model == model),
-            }
-            for model in models
-        },
+    results["models"] = {
+        model: {
+            "adapter": reports.get(model),
+            "tasks": {task: asdict(score) for task, score in scores[model].items()},
+            "average": asdict(averages[model]),
+            "truncated_prompts": sum(example.truncated for example in examples if example.model == model),
+        }
+        for model in models
     }
-    tables = [score_table(scores, averages)]
+    tables.append(score_table(scores, averages))
     if settings.mode == "cloze":
         by_length = score_tasks(normalised(examples))
         for model, entry in results["models"].items():
@@ -234,9 +306,52 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Table]]:
         comparison = compare(*sides, seed=args.seed)
         results["comparison"] = asdict(comparison)
         tables.append(comparison_table(comparison))
-    if args.output is not None:
-        write_results(args.output, results, examples)
-    return results, tables
+    return examples
+
+
+def _run_harness(
+    llm: LLM, models: Sequence[str], names: Sequence[str], args: argparse.Namespace
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Tasks of lm-evaluation-harness: by model what it reports, and each of its samples."""
+    from perft_serve.harness import EngineLM, find_tasks, run_tasks
+
+    found: dict[str, Any] = {}
+    samples: list[dict[str, Any]] = []
+    manager = find_tasks(names, args.include_path)
+    for model in models:
+        report = run_tasks(
+            EngineLM(llm, None if model == BASE else model, args.seed),
+            names,
+            manager,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            seed=args.seed,
+        )
+        for task, rows in report["samples"].items():
+            samples += [{"model": model, "task": task, **row} for row in rows]
+        found[model] = {
+            name: report[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better")
+        }
+    return found, samples
+
+
+def harness_table(found: Mapping[str, Any]) -> Table:
+    """What lm-evaluation-harness measured, a row for each task and metric, a column for each model."""
+    from rich.table import Table
+
+    table = Table("task", "metric", *found, title="lm-evaluation-harness (+- standard error)")
+    for task, metrics in next(iter(found.values()))["results"].items():
+        for metric in metrics:
+            name, _, filtered = metric.partition(",")
+            if metric == "alias" or name.endswith("_stderr"):
+                continue
+            cells = []
+            for each in found.values():
+                value, error = each["results"][task][metric], each["results"][task].get(f"{name}_stderr,{filtered}")
+                spread = f" +-{error:.4f}" if isinstance(error, float) else ""
+                cells.append(f"{value:.4f}{spread}" if isinstance(value, (int, float)) else str(value))
+            table.add_row(task, name if filtered == "none" else f"{name} ({filtered})", *cells)
+    return table
 
 
 def score_table(scores: dict[str, dict[str, Score]], averages: dict[str, Score]) -> Table:

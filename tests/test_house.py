@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("perft_serve.adapters",),
     ("perft_serve.engine",),
     ("perft_serve.text", "perft_serve.inputs", "perft_serve.outputs", "perft_serve.llm"),
-    ("perft_serve.beam", "perft_serve.evaluation"),
+    ("perft_serve.beam", "perft_serve.evaluation", "perft_serve.harness"),
     ("perft_serve.server",),
     ("perft_serve",),
 )
