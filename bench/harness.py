@@ -404,6 +404,7 @@ def running_server(
     adapters: Mapping[str, Path] | None = None,
     dtype: str = "bfloat16",
     options: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[Client]:
     """Starts `perft-serve serve` on a free port, waits until it is ready, and stops it at the end."""
     port = free_port()
@@ -411,7 +412,7 @@ def running_server(
     command += ["--port", str(port), "--served-model-name", "base", *options]
     for name, path in (adapters or {}).items():
         command += ["--adapter", f"{name}={path}"]
-    process = Process(command, {}, log)
+    process = Process(command, environ or {}, log)
     try:
         url = f"http://127.0.0.1:{port}"
         process.wait_until_healthy(f"{url}/health")

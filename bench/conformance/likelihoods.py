@@ -21,7 +21,8 @@ from models import DEMO_BASE
 from perft.demo_base import build_demo_base
 
 ADAPTER = "sql"
-TASKS = ("facts_choice", "facts_greedy")
+SCORED, GENERATED = ("facts_choice", "sql_answers"), ("facts_greedy", "sql_greedy")
+TASKS = (*SCORED, *GENERATED)
 TOLERANCE = 1e-4
 # PEFT learns of PERFT by an import; lm-eval's command is the rest
 COMMAND = "import sys, perft; from lm_eval.__main__ import cli_evaluate; sys.exit(cli_evaluate())"
@@ -94,10 +95,10 @@ def _lm_eval(output: Path, model: str, arguments: str, limit: int) -> dict[str, 
 
 
 def _compare(ours: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> dict[str, Any]:
-    pairs = list(zip(ours["facts_choice"], theirs["facts_choice"], strict=True))
+    pairs = [pair for task in SCORED for pair in zip(ours[task], theirs[task], strict=True)]
     differences = [abs(float(one[0][0]) - float(other[0][0])) for one, other in pairs]
     greedy = [str(one[0][1]) != str(other[0][1]) for one, other in pairs]
-    texts = list(zip(ours["facts_greedy"], theirs["facts_greedy"], strict=True))
+    texts = [pair for task in GENERATED for pair in zip(ours[task], theirs[task], strict=True)]
     return {
         "log_likelihoods": len(differences),
         "max_difference": round(max(differences), 7),
