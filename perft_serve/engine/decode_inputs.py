@@ -27,11 +27,13 @@ class StepKind(NamedTuple):
         num_rows: sequences, and rows of padding.
         width: the most adapter experts that one token takes.
         has_lora: whether the attention's projections look for LoRAs.
+        chooses: whether it gives the likeliest tokens instead of logits.
     """
 
     num_rows: int
     width: int
     has_lora: bool
+    chooses: bool = False
 
 
 class Tables:

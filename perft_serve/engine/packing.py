@@ -1,7 +1,8 @@
 """The base's weights in the layout of the CPU kernels (`perft_kernels.linear`, `perft_kernels.moe_experts`).
 
 In: a bfloat16 model on a CPU. Out: the same model, whose linear layers and experts hold panels instead of their weights,
-whose routers and norms are one operation each, and whose rotary embeddings are looked up. Experts, routers and norms are
+whose routers and norms are one operation each, whose rotary embeddings are looked up, and whose head has its weight in
+8 bits besides, for greedy decoding. Experts, routers and norms are
 recognised by what they compute: a replacement is tried on random input beside the original, and what does not agree (another
 activation, biases, another rule) stays as Transformers has it. It knows no family of models.
 """
@@ -22,6 +23,7 @@ from perft_kernels.adapter_router import route
 from perft_kernels.base_router import base_router
 from perft_kernels.huge_pages import HugePages
 from perft_kernels.linear import linear, to_panels
+from perft_kernels.linear_argmax import coarsen, linear_argmax
 from perft_kernels.moe_experts import expert_panels, moe_experts
 from perft_kernels.native import library
 from perft_kernels.rms_norm import rms_norm
@@ -49,6 +51,20 @@ class PanelLinear(nn.Module):
         """As `nn.Linear`."""
         y = linear(x.reshape(-1, self.in_features), self.panels, self.bias, self.out_features)
         return y.view(*x.shape[:-1], self.out_features)
+
+
+class PanelHead(PanelLinear):
+    """The linear layer that logits come from; it can tell the largest without computing the others."""
+
+    def __init__(self, layer: nn.Linear, memory: HugePages) -> None:
+        super().__init__(layer, memory)
+        coarse = coarsen(layer.weight.detach(), memory)
+        self.register_buffer("q", coarse.q_NK, persistent=False)
+        self.register_buffer("bounds", coarse.bounds_N3, persistent=False)
+
+    def argmax(self, x_TK: Tensor) -> Tensor:
+        """Of each row of what `forward` would return, `[T]`; -1 if it holds a NaN."""
+        return linear_argmax(x_TK, self.panels, self.q, self.bounds)
 
 
 class PanelExperts(nn.Module):
@@ -116,13 +132,24 @@ def pack(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> None:
         return
     memory = HugePages()
     kept = [block.name for block in blocks if not _replace_experts(model, block, memory)]
+    head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and _fits(module.weight) and module.out_features >= _MIN_ROWS:
-            _set(model, name, PanelLinear(module, memory))
+            is_head = module is head and module.bias is None
+            _set(model, name, (PanelHead if is_head else PanelLinear)(module, memory))
         elif (other := _one_op_norm(module) or _one_op_router(module) or _rotary_table(module, model)) is not None:
             _set(model, name, other)
     if kept:
         logger.info("base experts that run as Transformers has them: %s", ", ".join(kept))
+
+
+def greedy_head(model: PreTrainedModel, **inputs: object) -> PanelHead | None:
+    """The head, if logits are what it says of the last hidden state and nothing else is done to them; `inputs`: to try it on."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, PanelHead):
+        return None
+    hidden = model.base_model(**inputs).last_hidden_state
+    return head if torch.equal(head(hidden), model(**inputs).logits) else None
 
 
 def _replace_experts(model: PreTrainedModel, block: MoeBlock, memory: HugePages) -> bool:

@@ -31,7 +31,7 @@ from perft_serve.engine.digest import base_digest
 from perft_serve.engine.events import Routing, TokenLogprobs
 from perft_serve.engine.grammar import Grammar, Grammars, allowed
 from perft_serve.engine.logits import LogitEditor
-from perft_serve.engine.packing import pack
+from perft_serve.engine.packing import PanelHead, greedy_head, pack
 from perft_serve.engine.sampler import EditedRows, Fault, sample, token_logprobs, uniform
 from perft_serve.engine.scheduler import Chunk, ChunkResult, Plan
 from perft_serve.engine.seam import KvCache, Seam, install
@@ -83,6 +83,7 @@ class Runner:
         self._seam = Seam()
         install(self._model, blocks, attention, self._seam)
         shapes = self._kv_shapes(text_config)
+        self._head = self._greedy_head()
         blocks = [replace(block, top_k=self._seam.base_top_k) for block in blocks]  # seen, whatever the config says
         self.arena = AdapterArena(blocks, config.adapter_memory, self.dtype, self.device, attention)
         self._seam.arena = self.arena
@@ -107,7 +108,8 @@ class Runner:
         self._programs: DecodePrograms | DecodeGraphs | None = None
         sizes = {"max_num_seqs": config.max_num_seqs, "max_pages": self._max_pages(config)}
         if self.device.type == "cpu" and config.decode_programs == "on":
-            self._programs = DecodePrograms(self._forward, self.arena, **sizes)
+            choose = None if self._head is None else self._choose
+            self._programs = DecodePrograms(self._forward, choose, self.arena, **sizes)
         elif self.device.type == "cuda" and config.cuda_graphs != "off":
             self._programs = self._graphs(CudaCapture(self.device), **sizes)
             if config.cuda_graphs == "start":
@@ -122,6 +124,14 @@ class Runner:
         batch = build_batch(plan, self._page_size)
         # what is computed on the way of a recorded step, nobody sees
         programs = None if batch.routed_rows else self._programs
+        if isinstance(programs, DecodePrograms) and all(chunk.seq.takes_likeliest for chunk in plan.chunks):
+            chosen_B = programs.choose(batch)
+            if chosen_B is not None:
+                self.computed_at = time.monotonic()
+                return [
+                    ChunkResult(token_id=token) if token >= 0 else _faulty(chunk.seq, "nan")
+                    for chunk, token in zip(plan.chunks, chosen_B.tolist(), strict=True)
+                ]
         logits_NV = None if programs is None else programs.run(batch)
         routes = None
         if logits_NV is None:
@@ -157,6 +167,18 @@ class Runner:
             perft_seam=self._seam,
         )
         return output.logits[0].float()
+
+    def _choose(self, batch: Batch, rows: Tensor) -> Tensor:
+        """The likeliest tokens of the batch's tokens `rows`, as `_forward` has them: `[N]`, -1 where a logit is NaN."""
+        assert self._head is not None
+        self._seam.batch = batch
+        output = self._model.base_model(
+            input_ids=batch.tokens_T.unsqueeze(0),
+            position_ids=batch.positions_T.unsqueeze(0),
+            use_cache=False,
+            perft_seam=self._seam,
+        )
+        return self._head.argmax(output.last_hidden_state[0][rows])
 
     def _begin_masks(self, plan: Plan) -> Masks | None:
         """Have the masks of this step's sequences computed while the model runs."""
@@ -275,6 +297,13 @@ class Runner:
             return ()
         num_top = chunk.seq.num_prompt_logprobs_wanted or 0
         return tuple(token_logprobs(logits_nV[: len(following)], following, [num_top] * len(following)))
+
+    @torch.inference_mode()
+    def _greedy_head(self) -> PanelHead | None:
+        """What tells the likeliest token without all logits, if this model's logits let it; asked before there is a KV cache."""
+        tokens_1T = torch.arange(min(16, self.vocab_size), device=self.device).unsqueeze(0)
+        inputs = {"input_ids": tokens_1T, "position_ids": tokens_1T, "use_cache": False, "perft_seam": self._seam}
+        return greedy_head(self._model, **inputs)
 
     @torch.inference_mode()
     def _kv_shapes(self, text_config: Any) -> dict[int, tuple[int, int, int]]:

@@ -104,6 +104,13 @@ class Sequence:
         return self.request.params.prompt_logprobs
 
     @property
+    def takes_likeliest(self) -> bool:
+        """Whether of the logits nothing is wanted but which is largest."""
+        params = self.request.params
+        asks_more = self.edits_logits or self.grammar is not None or params.logprobs is not None
+        return params.greedy and not asks_more and self.num_prompt_logprobs_wanted is None
+
+    @property
     def must_compute_prompt(self) -> bool:
         """Whether something is wanted of its prompt that the prefix cache does not know."""
         return self.num_prompt_logprobs_wanted is not None or (

@@ -5,6 +5,7 @@ and no bit of a request's result depends on its neighbours.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 import perft_kernels.native
+from perft_serve.engine.batch import Batch
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_programs import DecodePrograms
 from perft_serve.engine.engine import Engine
@@ -56,7 +58,10 @@ BASES: dict[str, tuple[PreTrainedConfig, bool]] = {
         ),
         False,  # the shared expert's sigmoid and SiLU
     ),
-    "granitemoe": (GraniteMoeConfig(**_COMMON, intermediate_size=48, num_local_experts=4), False),  # its router
+    "granitemoe": (
+        GraniteMoeConfig(**_COMMON, intermediate_size=48, num_local_experts=4, logits_scaling=3.0),
+        False,  # its router
+    ),
     "gpt_oss": (
         GptOssConfig(**_COMMON, intermediate_size=48, num_local_experts=4, head_dim=16, sliding_window=8),
         False,
@@ -125,6 +130,41 @@ def test_programs_change_no_bit(base: Base, family: str) -> None:
     num_torch_calls = max(program.num_torch_calls for program in made.values())
     assert (num_torch_calls == 0) == BASES[family][1], "of some only the attention and the linears are kernels"
     assert everything(run(engine, requests)) == everything(got), "now all programs are there"
+
+
+def test_greedy_decoding_needs_no_logits(base: Base, family: str) -> None:
+    """Where nothing else is wanted, programs give the likeliest token alone: the one of the logits."""
+    greedy = [replace(one, params=replace(one.params, temperature=0.0, logprobs=None)) for one in base.requests()]
+    engine = base.engine()
+    # one that asks for more, alone at last
+    longest = max(greedy, key=lambda one: one.params.max_tokens or 0)
+    asks = replace(longest, request_id="asks", params=replace(longest.params, logprobs=0, max_tokens=30))
+    got = run(engine, [*greedy, asks])
+    want = run(base.engine(decode_programs="off"), [*greedy, asks])
+    assert everything(got) == everything(want)
+    made = engine._runner._programs._programs  # type: ignore[union-attr]
+    assert {kind.chooses for kind in made} == {False}, "one row's logits are all rows' logits"
+    assert everything(run(engine, greedy)) == {key: value for key, value in everything(want).items() if key != "asks"}
+    assert any(kind.chooses for kind in made) == (family != "granitemoe"), "which divides its logits"
+
+
+def test_a_greedy_token_of_nan_ends_its_own_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base("mixtral", tmp_path)
+    engine = base.engine()
+    requests = [request(str(i), [1 + i, 2, 3], max_tokens=8, logprobs=None) for i in range(3)]
+    want = run(engine, requests)
+    choose = DecodePrograms.choose
+
+    def with_nan(programs: DecodePrograms, batch: Batch) -> torch.Tensor | None:
+        chosen_B = choose(programs, batch)
+        if chosen_B is not None and len(chosen_B) == 3:
+            chosen_B[1] = -1
+        return chosen_B
+
+    monkeypatch.setattr(DecodePrograms, "choose", with_nan)
+    got = run(engine, requests)
+    assert "NaN" in (got["1"].error or "")
+    assert [got[key].token_ids for key in "02"] == [want[key].token_ids for key in "02"]
 
 
 @pytest.mark.parametrize("family", [family for family, (_, whole) in BASES.items() if whole])

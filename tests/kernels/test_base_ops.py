@@ -1,4 +1,4 @@
-"""The base's own ops on a CPU (`linear`, `moe_experts`, `base_router`, `rms_norm`, `argmax`) against plain torch in float32."""
+"""The base's own ops on a CPU (`linear`, `linear_argmax`, `moe_experts`, `base_router`, `rms_norm`, `argmax`) against plain torch in float32."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from perft_kernels.argmax import argmax
 from perft_kernels.base_router import base_router
 from perft_kernels.huge_pages import HugePages
 from perft_kernels.linear import from_panels, linear, to_panels
+from perft_kernels.linear_argmax import coarsen, linear_argmax
 from perft_kernels.moe_experts import expert_panels, moe_experts
 from perft_kernels.rms_norm import rms_norm
 
@@ -143,6 +144,78 @@ def test_argmax(length: int) -> None:
     assert argmax(x[:0]).shape == (0,)
 
 
+def chosen(x: Tensor, weight: Tensor) -> Tensor:
+    coarse = coarsen(weight, HugePages())
+    return linear_argmax(x, to_panels(weight, HugePages()), coarse.q_NK, coarse.bounds_N3)
+
+
+def of_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return argmax(linear(x, to_panels(weight, HugePages()), None, len(weight)).float())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 25])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (31, 48), (50, 160), (3000, 64), (2049, 512)])
+def test_linear_argmax(rows: int, columns: int, tokens: int) -> None:
+    for seed in range(5):
+        weight, x = random(rows, columns, seed=seed), random(tokens, columns, seed=seed + 10)
+        assert torch.equal(chosen(x, weight), of_linear(x, weight))
+
+
+def test_linear_argmax_of_equals_is_the_first(backend: str) -> None:
+    """Rows that are equal, or only after rounding, or differ by less than the 8 bits can tell."""
+    if backend == "torch":
+        pytest.skip("a GEMM of torch's sums in an order that depends on the number of its rows")
+    weight, x = random(1, 96).expand(600, 96).clone(), random(7, 96, seed=1)
+    assert chosen(x, weight).tolist() == [0] * 7
+    shifts = torch.randint(-1, 2, weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.int16)
+    weight = (weight.view(torch.int16) + shifts).view(torch.bfloat16)  # last bits
+    assert torch.equal(chosen(x, weight), of_linear(x, weight))
+    assert len(set(of_linear(x, weight).tolist())) > 1
+
+
+def test_linear_argmax_of_unlike_rows() -> None:
+    """Scales that differ by orders of magnitude, zeros, one large number among small ones."""
+    scale = torch.logspace(-30, 30, 500).unsqueeze(1)
+    weight, x = (random(500, 64) * scale).bfloat16(), random(9, 64, seed=1)
+    weight[::7] = 0
+    weight[3::5, 2] *= 1000
+    x[1] = 0
+    x[2] *= 1e-30
+    x[3, 5] = 1e4
+    assert torch.equal(chosen(x, weight), of_linear(x, weight))
+    assert torch.equal(chosen(x, -weight.abs()), of_linear(x, -weight.abs()))
+
+
+def test_linear_argmax_of_what_is_not_finite() -> None:
+    inf, nan = float("inf"), float("nan")
+    weight, x = random(200, 32), random(6, 32, seed=1)
+    x[0, 3], x[1, 4], x[2, 5] = nan, inf, -inf
+    got = chosen(x, weight)
+    assert got[0] == -1
+    assert torch.equal(got, of_linear(x, weight))
+    for number in (nan, inf, -inf, 3e38):
+        weight[77] = number
+        assert torch.equal(chosen(x, weight), of_linear(x, weight))
+
+
+def test_few_rows_are_computed_twice(backend: str) -> None:
+    """Where nobody computes rows whose 8 bits rule them out, their panels are not read: they may hold anything."""
+    if backend == "torch":
+        pytest.skip("plain torch computes all of them")
+    weight, x = random(3200, 512), random(4, 512, seed=1)
+    coarse, panels = coarsen(weight, HugePages()), to_panels(weight, HugePages())
+    want = of_linear(x, weight)
+    needed = torch.zeros(len(panels), dtype=torch.bool)
+    needed[want // 32] = True
+    bounds = x.float().norm(dim=-1) * (coarse.bounds_N3[:, 1].max() * 2.2)
+    outputs = x.float() @ weight.float().T
+    near = outputs > (outputs.amax(-1) - bounds - outputs.amax(-1) / 128).unsqueeze(1)
+    needed[near.nonzero()[:, 1] // 32] = True
+    assert needed.sum() < 50
+    panels[~needed] = float("nan")
+    assert torch.equal(linear_argmax(x, panels, coarse.q_NK, coarse.bounds_N3), want)
+
+
 def test_ops_are_well_formed() -> None:
     h, ids, weights, gate_up, down = make(3, 4, 2, 32, 32)
     tests = ("test_schema", "test_faketensor")
@@ -152,4 +225,6 @@ def test_ops_are_well_formed() -> None:
     torch.library.opcheck(base_router.op, (h, random(4, 32), 2, True), test_utils=tests)
     torch.library.opcheck(argmax.op, (h.float(),), test_utils=tests)
     torch.library.opcheck(rms_norm.op, (h, random(32), 1e-6), test_utils=tests)
-    torch.library.opcheck(linear.op, (h, to_panels(gate_up[0], HugePages()), None, 64), test_utils=tests)
+    panels, coarse = to_panels(gate_up[0], HugePages()), coarsen(gate_up[0], HugePages())
+    torch.library.opcheck(linear.op, (h, panels, None, 64), test_utils=tests)
+    torch.library.opcheck(linear_argmax.op, (h, panels, coarse.q_NK, coarse.bounds_N3), test_utils=tests)

@@ -35,6 +35,7 @@ _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 # The arguments of each kernel, 64 bits each: p an address, l an int64, f a float.
 _SIGNATURES = {
     "perft_linear": "ppppllll",
+    "perft_linear_argmax": "pppppplll",
     "perft_moe_experts": "pppppplllll",
     "perft_base_router": "ppppp" + "lllll",
     "perft_rms_norm": "ppp" + "llf",
