@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -22,6 +23,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
 
@@ -150,14 +152,39 @@ def _compiled(compiler: Sequence[str]) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    logger.info("compiling the CPU kernels (once, some seconds)")
+    with _lock(target.with_suffix(".lock")):
+        if not target.is_file():  # another process may have made it meanwhile
+            logger.info("compiling the CPU kernels (once, some seconds)")
+            _compile(compiler, sources, openmp, target)
+    return target
+
+
+def _compile(compiler: Sequence[str], sources: Sequence[Path], openmp: Path | None, target: Path) -> None:
+    """Each source by itself, as many at a time as there are cores; `target` is made whole or not at all."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+
+        def run(*arguments: object) -> None:
+            command = [*compiler, *_FLAGS, *map(str, arguments)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            # the largest first: it takes longest
+            order = sorted(zip(sources, objects, strict=True), key=lambda pair: -pair[0].stat().st_size)
+            list(threads.map(lambda pair: run("-c", pair[0], "-o", pair[1]), order))
         # torch's own OpenMP, where it brings one: two of them would fight for the cores
-        linked = ["-shared", *map(str, sources), *([str(openmp)] if openmp else []), "-lm", "-o", str(made)]
-        subprocess.run([*compiler, *_FLAGS, *linked], capture_output=True, text=True, check=True)
-        made.replace(target)  # whole or not at all, also when two processes compile at once
-    return target
+        run("-shared", *objects, *([openmp] if openmp else []), "-lm", "-o", made)
+        made.replace(target)
+
+
+@contextlib.contextmanager
+def _lock(file: Path) -> Iterator[None]:
+    """Held by one process at a time; let go by the system when its holder dies. Where there are no locks, held by all."""
+    with file.open("w") as opened:
+        with contextlib.suppress(OSError):  # a file system without them
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
 
 
 def _torch_openmp() -> Path | None:
