@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from perft_kernels._op import Op
@@ -26,8 +27,9 @@ from perft_kernels.huge_pages import HugePages
 from perft_kernels.linear import linear_reference
 from perft_kernels.native import native
 
+ROWS, PIECE = 4, 16
 _LARGEST = 127
-_ROWS_AT_ONCE = 4096  # bounds the float64 copies while coarse weights are made
+_ROWS_AT_ONCE = 4096  # bounds the float64 copies while coarse weights are made; divisible by ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +37,24 @@ class Coarse:
     """A weight `[N, K]` in 8 bits.
 
     Args:
-        q_NK: the nearest whole numbers, int8.
-        bounds_N3: float32; of each row the scale, the norm of what `scale * q` misses, and the norm.
+        q: the nearest whole numbers, int8, four rows side by side in pieces of 16: `[ceil(N / 4), K / 16, 4, 16]`; rows past N
+            are zero.
+        bounds: float32, of each row the scale, the norm of what `scale * q` misses, and the norm: `[ceil(N / 4), 3, 4]`.
     """
 
-    q_NK: Tensor
-    bounds_N3: Tensor
+    q: Tensor
+    bounds: Tensor
 
 
 def coarsen(weight_NK: Tensor, memory: HugePages) -> Coarse:
-    """The weight in 8 bits, in memory of its own. A row that holds an infinity or NaN is always among those computed."""
-    q_NK = memory.empty(weight_NK.shape, torch.int8)
-    bounds_N3 = torch.empty(weight_NK.shape[0], 3)
-    for begin in range(0, weight_NK.shape[0], _ROWS_AT_ONCE):
+    """The weight in 8 bits, K divisible by 16, in memory of its own.
+
+    A row that holds an infinity or NaN is always among those computed.
+    """
+    num_rows, num_columns = weight_NK.shape
+    q = memory.empty((-(-num_rows // ROWS), num_columns // PIECE, ROWS, PIECE), torch.int8)
+    bounds = torch.empty(len(q), 3, ROWS)
+    for begin in range(0, num_rows, _ROWS_AT_ONCE):
         rows = slice(begin, begin + _ROWS_AT_ONCE)
         w_nK = weight_NK[rows].double()
         is_finite_n1 = w_nK.isfinite().all(-1, keepdim=True)
@@ -56,27 +63,28 @@ def coarsen(weight_NK: Tensor, memory: HugePages) -> Coarse:
         whole_nK = (w_nK / scale_n1.where(scale_n1 > 0, 1.0)).round().clamp(-_LARGEST, _LARGEST)
         missed_n1 = (w_nK - scale_n1 * whole_nK).norm(dim=-1, keepdim=True).where(is_finite_n1, torch.inf)
         norm_n1 = w_nK.norm(dim=-1, keepdim=True)
-        q_NK[rows] = whole_nK.to(torch.int8)
-        bounds_N3[rows] = torch.cat((scale_n1, missed_n1 * 1.001, norm_n1 * 1.001), dim=-1).float()
-    return Coarse(q_NK, bounds_N3)
+        past_end = (0, 0, 0, -len(w_nK) % ROWS)  # a row that may be anything is never the largest at the least
+        fours = slice(begin // ROWS, (begin + len(w_nK) + past_end[-1]) // ROWS)
+        q[fours] = F.pad(whole_nK.to(torch.int8), past_end).view(-1, ROWS, q.shape[1], PIECE).transpose(1, 2)
+        bounds_n3 = torch.cat((scale_n1, missed_n1 * 1.001, norm_n1 * 1.001), dim=-1)
+        bounds[fours] = F.pad(bounds_n3, past_end, value=torch.inf).view(-1, ROWS, 3).transpose(1, 2).float()
+    return Coarse(q, bounds)
 
 
-def linear_argmax_reference(x_TK: Tensor, panels: Tensor, q_NK: Tensor, bounds_N3: Tensor) -> Tensor:
+def linear_argmax_reference(x_TK: Tensor, panels: Tensor, q: Tensor, bounds: Tensor, num_rows: int) -> Tensor:
     """The contract above in plain torch."""
-    return argmax_reference(linear_reference(x_TK, panels, None, q_NK.shape[0]))
+    return argmax_reference(linear_reference(x_TK, panels, None, num_rows))
 
 
-def _linear_argmax(x_TK: Tensor, panels: Tensor, q_NK: Tensor, bounds_N3: Tensor) -> Tensor:
+def _linear_argmax(x_TK: Tensor, panels: Tensor, q: Tensor, bounds: Tensor, num_rows: int) -> Tensor:
     kernels = native(x_TK)
     if kernels is None or x_TK.dtype != torch.bfloat16 or not len(x_TK):
-        return linear_argmax_reference(x_TK, panels, q_NK, bounds_N3)
+        return linear_argmax_reference(x_TK, panels, q, bounds, num_rows)
     x_TK = x_TK.contiguous()
-    (num_tokens, num_columns), num_rows = x_TK.shape, q_NK.shape[0]
+    num_tokens, num_columns = x_TK.shape
     ids_T = torch.empty(num_tokens, dtype=torch.int64)
-    upper_TN = torch.empty(num_tokens, num_rows)
-    kernels(
-        "perft_linear_argmax", x_TK, panels, q_NK, bounds_N3, upper_TN, ids_T, num_tokens, num_rows, num_columns
-    )
+    upper_TS = torch.empty(num_tokens, bounds.shape[0] * ROWS)
+    kernels("perft_linear_argmax", x_TK, panels, q, bounds, upper_TS, ids_T, num_tokens, num_rows, num_columns)
     return ids_T
 
 
@@ -84,5 +92,5 @@ linear_argmax = Op("linear_argmax", _linear_argmax)
 
 
 @linear_argmax.register_fake
-def _(x_TK, panels, q_NK, bounds_N3):  # type: ignore[no-untyped-def]
+def _(x_TK, panels, q, bounds, num_rows):  # type: ignore[no-untyped-def]
     return x_TK.new_empty(x_TK.shape[0], dtype=torch.int64)

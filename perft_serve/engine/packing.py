@@ -59,12 +59,12 @@ class PanelHead(PanelLinear):
     def __init__(self, layer: nn.Linear, memory: HugePages) -> None:
         super().__init__(layer, memory)
         coarse = coarsen(layer.weight.detach(), memory)
-        self.register_buffer("q", coarse.q_NK, persistent=False)
-        self.register_buffer("bounds", coarse.bounds_N3, persistent=False)
+        self.register_buffer("q", coarse.q, persistent=False)
+        self.register_buffer("bounds", coarse.bounds, persistent=False)
 
     def argmax(self, x_TK: Tensor) -> Tensor:
         """Of each row of what `forward` would return, `[T]`; -1 if it holds a NaN."""
-        return linear_argmax(x_TK, self.panels, self.q, self.bounds)
+        return linear_argmax(x_TK, self.panels, self.q, self.bounds, self.out_features)
 
 
 class PanelExperts(nn.Module):

@@ -146,7 +146,7 @@ def test_argmax(length: int) -> None:
 
 def chosen(x: Tensor, weight: Tensor) -> Tensor:
     coarse = coarsen(weight, HugePages())
-    return linear_argmax(x, to_panels(weight, HugePages()), coarse.q_NK, coarse.bounds_N3)
+    return linear_argmax(x, to_panels(weight, HugePages()), coarse.q, coarse.bounds, len(weight))
 
 
 def of_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -207,13 +207,13 @@ def test_few_rows_are_computed_twice(backend: str) -> None:
     want = of_linear(x, weight)
     needed = torch.zeros(len(panels), dtype=torch.bool)
     needed[want // 32] = True
-    bounds = x.float().norm(dim=-1) * (coarse.bounds_N3[:, 1].max() * 2.2)
+    bounds = x.float().norm(dim=-1) * (coarse.bounds[:, 1].max() * 2.2)
     outputs = x.float() @ weight.float().T
     near = outputs > (outputs.amax(-1) - bounds - outputs.amax(-1) / 128).unsqueeze(1)
     needed[near.nonzero()[:, 1] // 32] = True
     assert needed.sum() < 50
     panels[~needed] = float("nan")
-    assert torch.equal(linear_argmax(x, panels, coarse.q_NK, coarse.bounds_N3), want)
+    assert torch.equal(linear_argmax(x, panels, coarse.q, coarse.bounds, len(weight)), want)
 
 
 def test_ops_are_well_formed() -> None:
@@ -227,4 +227,4 @@ def test_ops_are_well_formed() -> None:
     torch.library.opcheck(rms_norm.op, (h, random(32), 1e-6), test_utils=tests)
     panels, coarse = to_panels(gate_up[0], HugePages()), coarsen(gate_up[0], HugePages())
     torch.library.opcheck(linear.op, (h, panels, None, 64), test_utils=tests)
-    torch.library.opcheck(linear_argmax.op, (h, panels, coarse.q_NK, coarse.bounds_N3), test_utils=tests)
+    torch.library.opcheck(linear_argmax.op, (h, panels, coarse.q, coarse.bounds, 64), test_utils=tests)

@@ -4,58 +4,74 @@
  * own result can differ from it at the most. Then only the rows that may yet be the largest, as `perft_linear` has them. */
 #include "panels.h"
 
-#define ROWS 4   /* of a tile: all its sums, and what is being read, stay in registers */
+#define ROWS 4   /* of a tile, of whose pieces of 16 columns each is a line of the cache */
+#define COARSE_TILE 3 /* tokens of one: all sums, and what is being read, stay in 16 registers */
 #define BLOCK 64 /* rows that one thread takes at a time */
+
+/* With more tokens than this, products cost more than memory, and an instruction that multiplies bf16 does them quicker. */
+#ifndef COARSE_TOKENS
+#ifdef __AVX512BF16__
+#define COARSE_TOKENS 4
+#else
+#define COARSE_TOKENS INT64_MAX
+#endif
+#endif
+
+/* Bytes to ask for ahead of their use, as in panels.h. */
+#define COARSE_AHEAD 8192
+
+typedef float f32x4 __attribute__((vector_size(16)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+typedef float f32x4_any __attribute__((vector_size(16), aligned(4), may_alias));
 
 /* A token in whole numbers of `unit`, and what it takes to say how wrong the integers can be. */
 typedef struct {
   float unit, norm, slack;
 } coarse_token;
 
-/* sums[r * nt + t] = row r . token t, of 8-bit rows and 16-bit tokens. */
-INLINE void coarse_tile(const int nr, const int nt, const int8_t *rows, const int16_t *const *x, int64_t K, int32_t *sums) {
+/* sums[t][r] = row r . token t, of four 8-bit rows, which lie side by side in pieces of 16, and a few 16-bit tokens. */
+INLINE void coarse_tile(const int nt, const int8_t *rows, const int16_t *const *x, int64_t K, i32x4 *sums) {
 #ifdef __AVX2__
-  __m256i acc[ROWS][2];
+  __m256i acc[ROWS][COARSE_TILE];
 #pragma GCC unroll 4
-  for (int r = 0; r < nr; r++)
-#pragma GCC unroll 2
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 3
     for (int t = 0; t < nt; t++) acc[r][t] = _mm256_setzero_si256();
   for (int64_t k = 0; k < K; k += 16) {
-    __m256i v[2];
-#pragma GCC unroll 2
+    const int8_t *piece = rows + k * ROWS;
+    __builtin_prefetch(piece + COARSE_AHEAD);
+    __m256i v[COARSE_TILE];
+#pragma GCC unroll 3
     for (int t = 0; t < nt; t++) v[t] = _mm256_loadu_si256((const __m256i *)(x[t] + k));
 #pragma GCC unroll 4
-    for (int r = 0; r < nr; r++) {
-      const __m256i row = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(rows + r * K + k)));
-#pragma GCC unroll 2
+    for (int r = 0; r < ROWS; r++) {
+      const __m256i row = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(piece + r * 16)));
+#pragma GCC unroll 3
       for (int t = 0; t < nt; t++) acc[r][t] = _mm256_add_epi32(acc[r][t], _mm256_madd_epi16(row, v[t]));
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < nr; r++)
-#pragma GCC unroll 2
-    for (int t = 0; t < nt; t++) {
-      const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(acc[r][t]), _mm256_extracti128_si256(acc[r][t], 1));
-      const __m128i two = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));
-      sums[r * nt + t] = _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
-    }
+#pragma GCC unroll 3
+  for (int t = 0; t < nt; t++) {
+    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(acc[0][t], acc[1][t]), _mm256_hadd_epi32(acc[2][t], acc[3][t]));
+    sums[t] = (i32x4)_mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  }
 #else
-  for (int r = 0; r < nr; r++)
-    for (int t = 0; t < nt; t++) {
+  for (int t = 0; t < nt; t++)
+    for (int r = 0; r < ROWS; r++) {
       int32_t sum = 0;
-      for (int64_t k = 0; k < K; k++) sum += (int32_t)rows[r * K + k] * x[t][k];
-      sums[r * nt + t] = sum;
+      for (int64_t k = 0; k < K; k += 16)
+        for (int64_t i = 0; i < 16; i++) sum += (int32_t)rows[k * ROWS + r * 16 + i] * x[t][k + i];
+      sums[t][r] = sum;
     }
 #endif
 }
 
-/* Dot products of up to four rows with up to two tokens. */
-static void coarse_dots(int nr, int nt, const int8_t *rows, const int16_t *const *x, int64_t K, int32_t *sums) {
-#define PERFT_TILE(R, T) \
-  if (nr == R && nt == T) coarse_tile(R, T, rows, x, K, sums);
-  PERFT_TILE(4, 1) PERFT_TILE(4, 2) PERFT_TILE(3, 1) PERFT_TILE(3, 2)
-  PERFT_TILE(2, 1) PERFT_TILE(2, 2) PERFT_TILE(1, 1) PERFT_TILE(1, 2)
-#undef PERFT_TILE
+static void coarse_dots(int nt, const int8_t *rows, const int16_t *const *x, int64_t K, i32x4 *sums) {
+  switch (nt) {
+    case 1: coarse_tile(1, rows, x, K, sums); break;
+    case 2: coarse_tile(2, rows, x, K, sums); break;
+    case 3: coarse_tile(3, rows, x, K, sums); break;
+  }
 }
 
 /* A token as whole numbers, as large as sums of K products with 8-bit numbers allow. */
@@ -95,42 +111,42 @@ INLINE void improve(best *b, float value, int64_t id) {
   if (b->id < 0 || value > b->value || (value == b->value && id < b->id)) *b = (best){value, id, b->is_nan};
 }
 
-/* upper[t][n]: what output n of token t is at the most; least[t]: what the largest output is at the least. */
+/* upper[t][n]: what output n of token t is at the most, S numbers a token; least[t]: of some outputs, what the largest is at the
+ * least. A NaN leaves `least` as it is. */
 static void bounds(const int16_t *coarse_x, const coarse_token *tokens, const int8_t *rows, const float *scale_error_norm,
-                   float *upper, float *least, int64_t T, int64_t N, int64_t K) {
+                   float *upper, f32x4 *least, int64_t T, int64_t S, int64_t K) {
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t block = 0; block < (N + BLOCK - 1) / BLOCK; block++)
-    for (int64_t n = block * BLOCK; n < MIN(N, (block + 1) * BLOCK); n += ROWS) {
-      const int nr = (int)MIN(N - n, ROWS);
-      for (int64_t i = 0; i < nr * K; i += 64) __builtin_prefetch(rows + (n + 2 * ROWS) * K + i);
-      for (int64_t t = 0; t < T; t += 2) {
-        const int nt = (int)MIN(T - t, 2);
-        const int16_t *x[2] = {coarse_x + t * K, coarse_x + (t + nt - 1) * K};
-        int32_t sums[ROWS * 2];
-        coarse_dots(nr, nt, rows + n * K, x, K, sums);
+  for (int64_t block = 0; block < (S + BLOCK - 1) / BLOCK; block++)
+    for (int64_t n = block * BLOCK; n < MIN(S, (block + 1) * BLOCK); n += ROWS) {
+      const f32x4_any *of_rows = (const f32x4_any *)(scale_error_norm + n * 3);
+      for (int64_t t = 0; t < T; t += COARSE_TILE) {
+        const int nt = (int)MIN(T - t, COARSE_TILE);
+        const int16_t *x[COARSE_TILE];
+        for (int j = 0; j < nt; j++) x[j] = coarse_x + (t + j) * K;
+        i32x4 sums[COARSE_TILE];
+        coarse_dots(nt, rows + n * K, x, K, sums);
         for (int j = 0; j < nt; j++) {
           const coarse_token *token = tokens + t + j;
-          for (int r = 0; r < nr; r++) {
-            const float *of_row = scale_error_norm + (n + r) * 3;
-            const float y = (float)sums[r * nt + j] * (of_row[0] * token->unit);
-            const float error = of_row[1] * token->norm + of_row[2] * token->slack;
-            upper[(t + j) * N + n + r] = y + error;
-            least[t + j] = y - error > least[t + j] ? y - error : least[t + j];
-          }
+          const f32x4 y = __builtin_convertvector(sums[j], f32x4) * (of_rows[0] * token->unit);
+          const f32x4 error = of_rows[1] * token->norm + of_rows[2] * token->slack, lower = y - error;
+          *(f32x4_any *)(upper + (t + j) * S + n) = y + error;
+          const i32x4 is_more = lower > least[t + j];
+          least[t + j] = (f32x4)((is_more & (i32x4)lower) | (~is_more & (i32x4)least[t + j]));
         }
       }
     }
 }
 
-/* The rows of panel `p` whose upper bounds are not below what the largest output is at the least, for the tokens that have any. */
+/* The rows of panel `p` for the tokens of which one has an upper bound that is not below what the largest output is at the least;
+ * for all tokens where there are no bounds. */
 static void refine(const bf16 *x, const bf16 *panels, const float *upper, const float *least, best *found, int64_t p, int64_t T,
-                   int64_t N, int64_t K) {
+                   int64_t S, int64_t N, int64_t K) {
   const int64_t first = p * PANEL, width = MIN(PANEL, N - first);
   int64_t chosen[MAX_TOKENS];
   int nt = 0;
   for (int64_t t = 0; t < T; t++) {
-    int any = 0;
-    for (int64_t j = 0; j < width; j++) any |= !(upper[t * N + first + j] < least[t]);
+    int any = !upper;
+    for (int64_t j = 0; upper && j < width; j++) any |= !(upper[t * S + first + j] < least[t]);
     if (any) chosen[nt++] = t;
     if (nt && (nt == MAX_TOKENS || t == T - 1)) {
       const bf16 *rows[MAX_TOKENS];
@@ -146,11 +162,13 @@ static void refine(const bf16 *x, const bf16 *panels, const float *upper, const 
 
 static int linear_argmax(const bf16 *x, const bf16 *panels, const int8_t *rows, const float *scale_error_norm, float *upper,
                          int64_t *ids, int64_t T, int64_t N, int64_t K) {
+  const int64_t S = (N + ROWS - 1) / ROWS * ROWS;
   int16_t *coarse_x = malloc((size_t)T * K * sizeof(int16_t));
   coarse_token *tokens = malloc((size_t)T * sizeof(coarse_token));
   best *found = malloc((size_t)T * sizeof(best));
   float *least = malloc((size_t)T * sizeof(float));
-  int failed = !coarse_x || !tokens || !found || !least;
+  const int failed = !coarse_x || !tokens || !found || !least;
+  if (T > COARSE_TOKENS) upper = NULL;
   if (!failed) {
     for (int64_t t = 0; t < T; t++) {
       tokens[t] = coarsen(x + t * K, K, coarse_x + t * K);
@@ -159,20 +177,24 @@ static int linear_argmax(const bf16 *x, const bf16 *panels, const int8_t *rows, 
     }
 #pragma omp parallel
     {
-      float own_least[T];
+      f32x4 own_least[T];
+      float threshold[T];
       best own[T];
       for (int64_t t = 0; t < T; t++) {
-        own_least[t] = -INFINITY;
+        own_least[t] = (f32x4){-INFINITY, -INFINITY, -INFINITY, -INFINITY};
         own[t] = (best){0.0f, -1, 0};
       }
-      bounds(coarse_x, tokens, rows, scale_error_norm, upper, own_least, T, N, K);
+      if (upper) {
+        bounds(coarse_x, tokens, rows, scale_error_norm, upper, own_least, T, S, K);
 #pragma omp critical
-      for (int64_t t = 0; t < T; t++) least[t] = own_least[t] > least[t] ? own_least[t] : least[t];
+        for (int64_t t = 0; t < T; t++)
+          for (int r = 0; r < ROWS; r++) least[t] = own_least[t][r] > least[t] ? own_least[t][r] : least[t];
 #pragma omp barrier
+      }
       /* outputs that are rounded to the same bf16 are equal, and the first of them counts: one unit in the last place lower */
-      for (int64_t t = 0; t < T; t++) own_least[t] = least[t] - fabsf(least[t]) * 0x1p-7f - 1e-37f;
+      for (int64_t t = 0; t < T; t++) threshold[t] = least[t] - fabsf(least[t]) * 0x1p-7f - 1e-37f;
 #pragma omp for schedule(dynamic, 16)
-      for (int64_t p = 0; p < num_panels(N); p++) refine(x, panels, upper, own_least, own, p, T, N, K);
+      for (int64_t p = 0; p < num_panels(N); p++) refine(x, panels, upper, threshold, own, p, T, S, N, K);
 #pragma omp critical
       for (int64_t t = 0; t < T; t++) {
         if (own[t].id >= 0) improve(found + t, own[t].value, own[t].id);
