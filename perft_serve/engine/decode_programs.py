@@ -32,7 +32,8 @@ class DecodePrograms:
 
     Args:
         forward: the model: logits `[N, V]` of a batch's `logit_rows` (given as a tensor).
-        choose: the model: the likeliest tokens `[N]` of the same, -1 where a logit is NaN; `None`: it cannot tell without logits.
+        choose: the model: the likeliest tokens `[N]` of the same, -1 where a logit is NaN; `None`: it cannot tell them without
+            logits.
         arena: the adapters' memory; where its tables are made anew, so are the programs that read them.
         max_num_seqs: the most sequences in a batch.
         max_pages: the most pages of one sequence.

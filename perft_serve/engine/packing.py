@@ -144,7 +144,7 @@ def pack(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> None:
 
 
 def greedy_head(model: PreTrainedModel, **inputs: object) -> PanelHead | None:
-    """The head, if logits are what it says of the last hidden state and nothing else is done to them; `inputs`: to try it on."""
+    """The head, if logits are what it says of the last hidden state and nothing else, which is tried on `inputs`."""
     head = model.get_output_embeddings()
     if not isinstance(head, PanelHead):
         return None

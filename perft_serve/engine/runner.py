@@ -300,7 +300,7 @@ class Runner:
 
     @torch.inference_mode()
     def _greedy_head(self) -> PanelHead | None:
-        """What tells the likeliest token without all logits, if this model's logits let it; asked before there is a KV cache."""
+        """What tells the likeliest token without all logits, if there is one; asked before there is a KV cache."""
         tokens_1T = torch.arange(min(16, self.vocab_size), device=self.device).unsqueeze(0)
         inputs = {"input_ids": tokens_1T, "position_ids": tokens_1T, "use_cache": False, "perft_seam": self._seam}
         return greedy_head(self._model, **inputs)

@@ -1,4 +1,6 @@
-"""The base's own ops on a CPU (`linear`, `linear_argmax`, `moe_experts`, `base_router`, `rms_norm`, `argmax`) against plain torch in float32."""
+"""The base's own ops on a CPU (`linear`, `linear_argmax`, `moe_experts`, `base_router`, `rms_norm`, `argmax`) against plain
+torch in float32.
+"""
 
 from __future__ import annotations
 
