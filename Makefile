@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --constraint constraints.txt
+# Bytecode is made on first use, of what is used: there are 20,000 files.
+PIP := $(BIN)/python -m pip install --no-compile --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 DEMO_BASE := .cache/smolmixtral
 

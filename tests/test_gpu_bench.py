@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PARTS = ("tokens", "bits", "base", "adapters", "registered", "prefill", "experts")
 
@@ -40,13 +38,12 @@ def test_every_part_runs(tmp_path: Path) -> None:
             assert f"{name} " in run.stdout
 
 
-@pytest.mark.parametrize(("arguments", "says"), [(["nothing", "--tiny"], "no such part"), (["--what"], "unrecognized")])
-def test_unknown_arguments_are_refused(arguments: list[str], says: str) -> None:
+def test_an_unknown_part_is_refused() -> None:
     run = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu" / "step.py"), *arguments],
+        [sys.executable, str(ROOT / "bench" / "gpu" / "step.py"), "nothing", "--tiny"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 2
-    assert says in run.stderr
+    assert "no such part" in run.stderr

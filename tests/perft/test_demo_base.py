@@ -1,4 +1,4 @@
-"""The demo base: exact upcycling on a tiny dense model, folders that are never lost, and (marked) the real one."""
+"""The demo base: exact upcycling on a tiny dense model, folders that are never lost. The real one is in `demo/test_demo.py`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -21,9 +19,7 @@ from transformers import (
 import perft.demo_base
 from perft.demo_base import MARKER_FILE, DemoBaseRecipe, build_demo_base, find_source, upcycle_state
 from perft.errors import PerftError
-from perft.moe import find_moe_blocks
 
-REPO = Path(__file__).parents[2]
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -158,28 +154,3 @@ def test_a_missing_package_is_named_with_its_command(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
     with pytest.raises(PerftError, match=command):
         find_source()
-
-
-@pytest.mark.demo
-def test_the_real_one_speaks_english() -> None:
-    path = REPO / ".cache" / "smolmixtral"
-    build_demo_base(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    blocks = find_moe_blocks(model)
-    assert (len(blocks), blocks[0].num_experts, blocks[0].top_k, blocks[0].norm_topk) == (30, 4, 2, True)
-    text = (
-        "The weather station on the hill recorded three days of rain. On the fourth day the sky cleared, and the children "
-        "went out to see how high the river had risen. Their teacher asked them to write down what they saw."
-    )
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        assert 5 < float(model(ids, labels=ids).loss.exp()) < 35, "perplexity of plain English; the dense model's is 24"
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
-    answer = model.generate(**chat, max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, chat["input_ids"].shape[1] :])

@@ -1,4 +1,6 @@
-"""The demo's adapters do what the README says: on held-out prompts they answer right where the base does not."""
+"""The demo: its base speaks English, and its adapters do what the README says: on held-out prompts they answer right where the
+base does not.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perft.adapter import read_adapter
 from perft.data import read_records
 from perft.demo_base import build_demo_base
+from perft.moe import find_moe_blocks
 
 REPO = Path(__file__).parents[2]
 ADAPTERS = REPO / "demo" / "adapters"
 TASKS = ("dates", "sql", "tickets")
-NUM_PROMPTS = 16
+NUM_PROMPTS = 10
 
 
 def load_script(name: str) -> ModuleType:
@@ -68,11 +73,39 @@ def test_the_data_is_what_the_script_makes(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, Any]:
-    base = REPO / ".cache" / "smolmixtral"
-    build_demo_base(base)
+def base() -> Path:
+    path = REPO / ".cache" / "smolmixtral"
+    build_demo_base(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(base: Path) -> dict[str, Any]:
     evaluate = load_script("evaluate").evaluate
     return {result.task: result for result in evaluate(base, TASKS, limit=NUM_PROMPTS)}
+
+
+@pytest.mark.demo
+def test_the_base_speaks_english(base: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    blocks = find_moe_blocks(model)
+    assert (len(blocks), blocks[0].num_experts, blocks[0].top_k, blocks[0].norm_topk) == (30, 4, 2, True)
+    text = (
+        "The weather station on the hill recorded three days of rain. On the fourth day the sky cleared, and the children "
+        "went out to see how high the river had risen. Their teacher asked them to write down what they saw."
+    )
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert 5 < float(model(ids, labels=ids).loss.exp()) < 35, "perplexity of plain English; the dense model's is 24"
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**chat, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, chat["input_ids"].shape[1] :])
 
 
 @pytest.mark.demo
