@@ -4,8 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Bytecode is made on first use, of what is used: there are 20,000 files.
-PIP := $(BIN)/python -m pip install --no-compile --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 DEMO_BASE := .cache/smolmixtral
 

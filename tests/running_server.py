@@ -13,8 +13,9 @@ from typing import Any
 
 import httpx
 import uvicorn
-from knobs import Knobs, engine_command
+from knobs import Knobs
 from prometheus_client import CollectorRegistry
+from spare_engines import engine_command
 
 from perft_serve.adapters.sources import SourcePolicy
 from perft_serve.engine.config import EngineConfig
@@ -84,7 +85,7 @@ def running_server(
     with tempfile.TemporaryDirectory() as folder:
         knobs = Knobs(Path(folder) / "knobs.json")
         metrics = Metrics(CollectorRegistry(), max_adapter_labels=config.max_adapter_labels)
-        client = EngineClient(engine_config, config, metrics, command=engine_command("paced_engine", knobs))
+        client = EngineClient(engine_config, config, metrics, command=engine_command(knobs))
         try:
             client.start()
             tokenizer = load_tokenizer(engine_config.model)
