@@ -199,7 +199,13 @@ class Process:
         command = [sys.executable, "-m", "perft_serve.cli", "serve", "--model", str(base), "--port", "0"]
         command += ["--kv-memory", "4M", "--dtype", "float32", "--device", "cpu"]
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # where the tests run in the background of a shell they ignore it, and so would their children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for_url(self) -> str:
