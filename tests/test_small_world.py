@@ -89,10 +89,10 @@ def test_a_digest_holds_what_a_result_depends_on() -> None:
 
 
 def test_learning_rates_are_taken_when_the_search_is_done() -> None:
-    low, middle, high = WORLD["search"]["methods"]["S"]
+    low, middle, *higher = WORLD["search"]["methods"]["S"]
     some = run.with_rates(WORLD, {"S": {low: 3.0, middle: 2.0}})
     assert {name: each["learning_rate"] for name, each in some["methods"].items()} == dict.fromkeys(WORLD["methods"])
-    whole = run.with_rates(WORLD, {"S": {low: 3.0, middle: 2.0, high: 2.5}})["methods"]
+    whole = run.with_rates(WORLD, {"S": {low: 3.0, middle: 2.0, **dict.fromkeys(higher, 2.5)}})["methods"]
     assert [whole[name]["learning_rate"] for name in ("S", "D", "R", "E", "qvLoRA")] == [middle] * 4 + [None]
     assert whole["R"] == {"variant": "R", "num_experts": 4, "top_k": 2, "learning_rate": middle}
     fixed = run.with_rates({**WORLD, "methods": {"S": {"variant": "S", "learning_rate": 7e-4}}}, {})
