@@ -33,23 +33,19 @@ def engine_command(knobs: Knobs) -> list[str]:
         import knobs as own_process
 
         return own_process.engine_command("paced_engine", knobs)
-    return [sys.executable, "-S", "-s", __file__, nursery(), str(knobs.path)]
+    address, _ = nursery()
+    return [sys.executable, "-S", "-s", __file__, address, str(knobs.path)]
 
 
 @functools.cache
-def nursery() -> str:
-    """Starts it; where its socket is. It ends with this process."""
+def nursery() -> tuple[str, subprocess.Popen[bytes]]:
+    """Starts it; where its socket is, and its process, which ends when its standard input is closed: with this one."""
     address = Path(tempfile.mkdtemp(prefix="nursery")) / "socket"
     code = f"import sys; sys.path.append({os.fspath(Path(__file__).parent)!r}); import spare_engines; "
     process = subprocess.Popen(
         [sys.executable, "-c", f"{code} spare_engines.run_nursery({os.fspath(address)!r})"], stdin=subprocess.PIPE
     )
-    assert process.stdin is not None
-    _kept.append(process)
-    return str(address)
-
-
-_kept: list[subprocess.Popen[bytes]] = []  # a closed standard input would end it
+    return str(address), process
 
 
 def run_nursery(address: str) -> None:

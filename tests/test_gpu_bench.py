@@ -38,12 +38,23 @@ def test_every_part_runs(tmp_path: Path) -> None:
             assert f"{name} " in run.stdout
 
 
-def test_an_unknown_part_is_refused() -> None:
+def test_unknown_arguments_are_refused() -> None:
+    """Both in one process: it is importing torch that takes the time."""
+    code = """
+import step
+for arguments in (["nothing", "--tiny"], ["--what"]):
+    try:
+        step.main(arguments)
+    except SystemExit as error:
+        print(error.code)
+"""
     run = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu" / "step.py"), "nothing", "--tiny"],
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "bench" / "gpu")},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.returncode == 2
+    assert run.stdout.split() == ["2", "2"], run.stderr
     assert "no such part" in run.stderr
+    assert "unrecognized" in run.stderr

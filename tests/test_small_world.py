@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from scripts import load_script
 
 from perft.tasks import TASKS, record, write_jsonl
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "small_world"
 
 
-def load_runner() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("small_world_run", FOLDER / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-run = load_runner()
+run = load_script(FOLDER / "run.py", "small_world_run")
 WORLD: dict[str, Any] = run.read_world(FOLDER / "world.yaml")
 # SmolLM2-135M: 576 wide, q 576 -> 576, v 576 -> 192
 SHAPES = {

@@ -159,26 +159,24 @@ class Runner:
     def _forward(self, batch: Batch, rows: Tensor) -> Tensor:
         """float32 logits of the batch's tokens `rows`, `[N, V]`."""
         self._seam.batch = batch
-        output = self._model(
-            input_ids=batch.tokens_T.unsqueeze(0),
-            position_ids=batch.positions_T.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=rows,
-            perft_seam=self._seam,
-        )
+        output = self._model(**self._inputs(batch.tokens_T, batch.positions_T), logits_to_keep=rows)
         return output.logits[0].float()
 
     def _choose(self, batch: Batch, rows: Tensor) -> Tensor:
         """The likeliest tokens of the batch's tokens `rows`, as `_forward` has them: `[N]`, -1 where a logit is NaN."""
         assert self._head is not None
         self._seam.batch = batch
-        output = self._model.base_model(
-            input_ids=batch.tokens_T.unsqueeze(0),
-            position_ids=batch.positions_T.unsqueeze(0),
-            use_cache=False,
-            perft_seam=self._seam,
-        )
+        output = self._model.base_model(**self._inputs(batch.tokens_T, batch.positions_T))
         return self._head.argmax(output.last_hidden_state[0][rows])
+
+    def _inputs(self, tokens_T: Tensor, positions_T: Tensor) -> dict[str, Any]:
+        """What every call of the model is given."""
+        return {
+            "input_ids": tokens_T.unsqueeze(0),
+            "position_ids": positions_T.unsqueeze(0),
+            "use_cache": False,
+            "perft_seam": self._seam,
+        }
 
     def _begin_masks(self, plan: Plan) -> Masks | None:
         """Have the masks of this step's sequences computed while the model runs."""
@@ -301,16 +299,15 @@ class Runner:
     @torch.inference_mode()
     def _greedy_head(self) -> PanelHead | None:
         """What tells the likeliest token without all logits, if there is one; asked before there is a KV cache."""
-        tokens_1T = torch.arange(min(16, self.vocab_size), device=self.device).unsqueeze(0)
-        inputs = {"input_ids": tokens_1T, "position_ids": tokens_1T, "use_cache": False, "perft_seam": self._seam}
-        return greedy_head(self._model, **inputs)
+        tokens_T = torch.arange(min(16, self.vocab_size), device=self.device)
+        return greedy_head(self._model, **self._inputs(tokens_T, tokens_T))
 
     @torch.inference_mode()
     def _kv_shapes(self, text_config: Any) -> dict[int, tuple[int, int, int]]:
         """Shapes of keys and values by layer, found out by a forward pass of one token."""
-        zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        zero_1 = torch.zeros(1, dtype=torch.int64, device=self.device)
         try:
-            self._model(input_ids=zero, position_ids=zero, use_cache=False, perft_seam=self._seam)
+            self._model(**self._inputs(zero_1, zero_1))
         except NotImplementedError as error:
             raise BaseModelError(str(error)) from error
         shapes = self._seam.kv_shapes

@@ -4,15 +4,14 @@ base does not.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perft.adapter import read_adapter
@@ -26,14 +25,8 @@ TASKS = ("dates", "sql", "tickets")
 NUM_PROMPTS = 10
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"demo_{name}", REPO / "demo" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def demo_script(name: str) -> ModuleType:
+    return load_script(REPO / "demo" / f"{name}.py", f"demo_{name}")
 
 
 def test_each_adapter_is_small_and_whole() -> None:
@@ -65,7 +58,7 @@ def _question(record: dict[str, Any]) -> str:
 
 
 def test_the_data_is_what_the_script_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = load_script("make_data")
+    script = demo_script("make_data")
     monkeypatch.setattr(script, "DATA", tmp_path)
     script.main()
     made = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -81,7 +74,7 @@ def base() -> Path:
 
 @pytest.fixture(scope="module")
 def results(base: Path) -> dict[str, Any]:
-    evaluate = load_script("evaluate").evaluate
+    evaluate = demo_script("evaluate").evaluate
     return {result.task: result for result in evaluate(base, TASKS, limit=NUM_PROMPTS)}
 
 
