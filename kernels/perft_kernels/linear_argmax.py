@@ -29,7 +29,7 @@ from perft_kernels.native import native
 
 ROWS, PIECE = 4, 16
 _LARGEST = 127
-_ROWS_AT_ONCE = 4096  # bounds the float64 copies while coarse weights are made; divisible by ROWS
+_ROWS_AT_ONCE = 4096  # bounds the float32 copies while coarse weights are made; divisible by ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +56,22 @@ def coarsen(weight_NK: Tensor, memory: HugePages) -> Coarse:
     bounds = torch.empty(len(q), 3, ROWS)
     for begin in range(0, num_rows, _ROWS_AT_ONCE):
         rows = slice(begin, begin + _ROWS_AT_ONCE)
-        w_nK = weight_NK[rows].double()
-        is_finite_n1 = w_nK.isfinite().all(-1, keepdim=True)
-        w_nK = torch.where(is_finite_n1, w_nK, 0.0)
-        scale_n1 = (w_nK.abs().amax(-1, keepdim=True) / _LARGEST).float().double()
-        whole_nK = (w_nK / scale_n1.where(scale_n1 > 0, 1.0)).round().clamp(-_LARGEST, _LARGEST)
-        missed_n1 = (w_nK - scale_n1 * whole_nK).norm(dim=-1, keepdim=True).where(is_finite_n1, torch.inf)
-        norm_n1 = w_nK.norm(dim=-1, keepdim=True)
+        w_nK = weight_NK[rows].float()
+        most_n1 = w_nK.abs().amax(-1, keepdim=True)
+        is_finite_n1 = most_n1.isfinite()
+        if not is_finite_n1.all():
+            w_nK, most_n1 = torch.where(is_finite_n1, w_nK, 0.0), torch.where(is_finite_n1, most_n1, 0.0)
+        scale_n1 = most_n1 / _LARGEST
+        w_nK = w_nK / scale_n1.where(scale_n1 > 0, 1.0)  # in units of the scale: norms of no row under- or overflow
+        whole_nK = w_nK.round().clamp_(-_LARGEST, _LARGEST)
+        norm_n1 = w_nK.norm(dim=-1, keepdim=True) * scale_n1
+        missed_n1 = w_nK.sub_(whole_nK).norm(dim=-1, keepdim=True) * scale_n1
+        missed_n1 = missed_n1.where(is_finite_n1, torch.inf)
         past_end = (0, 0, 0, -len(w_nK) % ROWS)  # a row that may be anything is never the largest at the least
         fours = slice(begin // ROWS, (begin + len(w_nK) + past_end[-1]) // ROWS)
         q[fours] = F.pad(whole_nK.to(torch.int8), past_end).view(-1, ROWS, q.shape[1], PIECE).transpose(1, 2)
         bounds_n3 = torch.cat((scale_n1, missed_n1 * 1.001, norm_n1 * 1.001), dim=-1)
-        bounds[fours] = F.pad(bounds_n3, past_end, value=torch.inf).view(-1, ROWS, 3).transpose(1, 2).float()
+        bounds[fours] = F.pad(bounds_n3, past_end, value=torch.inf).view(-1, ROWS, 3).transpose(1, 2)
     return Coarse(q, bounds)
 
 
