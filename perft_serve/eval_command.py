@@ -30,6 +30,9 @@ NUM_BEAMS = 4
 HARNESS = "lm_eval:"
 """What names of lm-evaluation-harness' tasks begin with here."""
 HARNESS_EXAMPLES = "lm_eval_examples.jsonl"
+PAGE_SIZE = 4
+"""Tokens in a page of the KV cache. The texts scored against one another begin alike for some twenty tokens, and what is found
+again is whole pages: on PIQA and ARC-easy as clozes, a quarter of the tokens is at 16 a page, two fifths at 4."""
 
 
 def add_eval(commands: Any) -> None:
@@ -201,6 +204,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Table]]:
         max_num_batched_tokens=max(512, args.max_num_seqs),
         kv_memory=args.kv_memory,
         adapter_memory=args.adapter_memory,
+        page_size=PAGE_SIZE,
     )
     try:
         if tasks:

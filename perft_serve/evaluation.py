@@ -243,9 +243,15 @@ def _log_likelihoods(
             start = _shared(before, ids)
             too_many = max(0, len(ids) - llm.engine.limits.max_model_len)
             prompts.append(ids[too_many:])
-            starts.append(start - too_many)
+            starts.append(max(0, start - too_many))
             cut.append(too_many > 0)
-    params = SamplingParams(max_tokens=0, prompt_logprobs=0, temperature=0.0)
+    # what stands before the continuations is computed once for all of them, as far as it fills pages of the KV cache
+    params = [
+        SamplingParams(
+            max_tokens=0, prompt_logprobs=0, prompt_logprobs_start=min(start, len(prompt) - 1), temperature=0.0
+        )
+        for start, prompt in zip(starts, prompts, strict=True)
+    ]
     counts = [len(continuations) for _, continuations in asked]
     adapters = [question.adapter for question, count in zip(batch, counts, strict=True) for _ in range(count)]
     outputs = llm.generate(prompts, params, adapter=adapters)

@@ -82,9 +82,17 @@ class EngineLM(TemplateLM):
                     f"{self.llm.engine.limits.max_model_len} has no room for"
                 )
             prompts.append([*context, *continuation][-self.max_length - 1 :])
-        outputs = self._generate(
-            prompts, [SamplingParams(max_tokens=0, prompt_logprobs=1, temperature=0.0)] * len(prompts)
-        )
+        # the contexts of a question's choices, and what examples stand before questions, are computed once
+        params = [
+            SamplingParams(
+                max_tokens=0,
+                prompt_logprobs=1,
+                prompt_logprobs_start=min(len(prompt) - len(continuation), len(prompt) - 1),
+                temperature=0.0,
+            )
+            for prompt, (_, _, continuation) in zip(prompts, requests, strict=True)
+        ]
+        outputs = self._generate(prompts, params)
         found = []
         for (text, _, continuation), output in zip(requests, outputs, strict=True):
             assert output.prompt_logprobs is not None

@@ -122,7 +122,7 @@ class InputProcessor:
         self._limits.check_request(params, priority=priority, has_adapter=adapter is not None)
         others = params  # without a token to generate, they too are only there for that
         if scored_once and params.prompt_logprobs is not None and params.max_tokens != 0:
-            others = replace(params, prompt_logprobs=None)
+            others = replace(params, prompt_logprobs=None, prompt_logprobs_start=0)
         return [
             EngineRequest(
                 request_id=f"{request_id}-{choice}",

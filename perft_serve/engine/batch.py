@@ -76,9 +76,8 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
             for position in range(chunk.start, chunk.end)
         ]
         adapters += [seq.adapter_slot] * chunk.num_tokens
-        if seq.num_prompt_logprobs_wanted is not None:
-            logit_rows += range(first_row, len(tokens))
-        elif chunk.samples:
+        logit_rows += [first_row + position - chunk.start for position in chunk.scored]
+        if chunk.samples:
             logit_rows.append(len(tokens) - 1)
         if seq.next_routed is not None:
             routed_rows += range(first_row + max(0, seq.next_routed - chunk.start), len(tokens))

@@ -123,11 +123,16 @@ class Limits:
             raise RequestError("bad_words: a word without tokens", param="bad_words")
 
     def check_length(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Refuse a prompt that does not fit, with what is to be generated.
+        """Refuse a prompt that does not fit, with what is to be generated, or that ends before what is to be told of it.
 
         Raises:
             RequestError: with the numbers.
         """
+        if params.prompt_logprobs_start >= max(1, len(prompt_ids)):
+            raise RequestError(
+                f"prompt_logprobs_start is {params.prompt_logprobs_start}, but the prompt has {len(prompt_ids)} tokens",
+                param="prompt_logprobs_start",
+            )
         room = self.room(prompt_ids)
         needed = 0 if params.max_tokens == 0 else 1
         if room < needed:

@@ -163,6 +163,8 @@ class SamplingParams:
             0 reports the chosen one only, `None` nothing. Log-probabilities are of the model's own
             distribution, before bias, penalties, temperature and filters.
         prompt_logprobs: the same for each position of the prompt (the first has none).
+        prompt_logprobs_start: the first position of the prompt to have them; what stands before it has `None`, and may come
+            from the prefix cache, which has no logits. Counts in the tokens of the prompt as it is used, so after it is cut.
         truncate_prompt_tokens: of a longer prompt, use so many tokens; -1: as many as leave room for the completion. Special
             tokens that the tokenizer puts around a text are kept, and count.
         truncation_side: `left` drops the beginning of such a prompt, `right` its end.
@@ -194,6 +196,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
     skip_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] = "left"
@@ -288,6 +291,13 @@ class SamplingParams:
         _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1, optional=True)
         _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
         _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS, optional=True)
+        _check_int("prompt_logprobs_start", self.prompt_logprobs_start, 0, 1 << 31)
+        if self.prompt_logprobs_start and self.prompt_logprobs is None:
+            raise RequestError(
+                "prompt_logprobs_start says where prompt_logprobs begin, which are not asked for: leave it out, or set "
+                "prompt_logprobs",
+                param="prompt_logprobs_start",
+            )
         for token_id in self.stop_token_ids:
             _check_int("stop_token_ids", token_id, 0, 1 << 31)
 

@@ -188,13 +188,12 @@ class Runner:
         sampled: list[tuple[Chunk, int]] = []  # chunks with a token to choose, and its row
         row = 0
         for chunk in plan.chunks:
-            if chunk.seq.num_prompt_logprobs_wanted is not None:
-                scored.append((chunk, slice(row, row + chunk.num_tokens)))
-                row += chunk.num_tokens
-            elif chunk.samples:
-                row += 1
+            if chunk.scored:
+                scored.append((chunk, slice(row, row + len(chunk.scored))))
+                row += len(chunk.scored)
             if chunk.samples:
-                sampled.append((chunk, row - 1))
+                sampled.append((chunk, row))
+                row += 1
         results = self._sample(sampled, logits_NV, masks)
         prompt_logprobs = {chunk.seq: self._score(chunk, logits_NV[rows]) for chunk, rows in scored}
         return [
@@ -289,12 +288,10 @@ class Runner:
 
     @staticmethod
     def _score(chunk: Chunk, logits_nV: Tensor) -> tuple[Any, ...]:
-        """Log-probabilities of the prompt tokens that follow the chunk's tokens."""
-        following = chunk.seq.request.prompt_ids[chunk.start + 1 : chunk.end + 1]
-        if not following:
-            return ()
-        num_top = chunk.seq.num_prompt_logprobs_wanted or 0
-        return tuple(token_logprobs(logits_nV[: len(following)], following, [num_top] * len(following)))
+        """Log-probabilities of the prompt tokens that follow those in `Chunk.scored`, whose logits are given."""
+        following = chunk.seq.request.prompt_ids[chunk.scored.start + 1 : chunk.scored.stop + 1]
+        num_top = chunk.seq.request.params.prompt_logprobs or 0
+        return tuple(token_logprobs(logits_nV, following, [num_top] * len(following)))
 
     @torch.inference_mode()
     def _greedy_head(self) -> PanelHead | None:

@@ -78,6 +78,13 @@ class Chunk:
         """Whether the step ends with a new token for this sequence."""
         return self.end == len(self.seq.token_ids) and self.seq.max_tokens > 0
 
+    @property
+    def scored(self) -> range:
+        """Positions of those of its tokens whose logits tell how likely the prompt's next one is, where that is asked for."""
+        if self.seq.next_scored is None:
+            return range(0)
+        return range(max(self.start, self.seq.next_scored - 1), min(self.end, self.seq.num_prompt - 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -98,7 +105,7 @@ class ChunkResult:
     Args:
         token_id: the new token, if the chunk samples.
         logprobs: of the new token, if asked for.
-        prompt_logprobs: of the prompt tokens that follow the chunk's tokens, if asked for.
+        prompt_logprobs: of the prompt tokens that follow those in `Chunk.scored`.
         routing: of the chunk's tokens that it is still wanted of, if asked for.
         error: why there is no token although there should be; `error_kind`: whose fault that is.
     """
@@ -391,9 +398,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, draft: _Draft) -> bool:
         """Give a sequence pages for all its tokens, those with its beginning if there are any; false if there are too few."""
-        looks_up = self._prefix_caching and not seq.must_compute_prompt
-        # one token at least is computed: its logits are wanted
-        found = self._pool.find(self._hashes(seq, len(seq.token_ids) - 1)) if looks_up else []
+        looks_up = self._prefix_caching and seq.num_reusable > 0
+        found = self._pool.find(self._hashes(seq, seq.num_reusable)) if looks_up else []
         own = self._pool.take(self._pool.pages_for(len(seq.token_ids)) - len(found), found)
         if own is None:
             return False

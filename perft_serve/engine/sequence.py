@@ -79,7 +79,7 @@ class Sequence:
         if self.request.params.return_routing:
             self.next_routed = 0 if self.request.choice == 0 else self.num_prompt
         if self.request.params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None]
+            self.prompt_logprobs = [None] * max(1, self.request.params.prompt_logprobs_start)
 
     @property
     def num_prompt(self) -> int:
@@ -97,25 +97,30 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
-    def num_prompt_logprobs_wanted(self) -> int | None:
-        """How many likeliest tokens to report at each prompt position still to come, or `None` if there is none."""
+    def next_scored(self) -> int | None:
+        """Position of the prompt's next token whose log-probability is to be told, or `None`: none is any more."""
         if self.prompt_logprobs is None or len(self.prompt_logprobs) == self.num_prompt:
             return None
-        return self.request.params.prompt_logprobs
+        return len(self.prompt_logprobs)
 
     @property
     def takes_likeliest(self) -> bool:
         """Whether of the logits nothing is wanted but which is largest."""
         params = self.request.params
         asks_more = self.edits_logits or self.grammar is not None or params.logprobs is not None
-        return params.greedy and not asks_more and self.num_prompt_logprobs_wanted is None
+        return params.greedy and not asks_more and self.next_scored is None
 
     @property
-    def must_compute_prompt(self) -> bool:
-        """Whether something is wanted of its prompt that the prefix cache does not know."""
-        return self.num_prompt_logprobs_wanted is not None or (
-            self.next_routed is not None and self.next_routed < self.num_prompt
-        )
+    def num_reusable(self) -> int:
+        """How many of its first tokens need keys and values only, which the prefix cache may have: the last one's logits are
+        wanted, as are those before each token to be scored, and the adapter experts of some tokens.
+        """
+        ends = [len(self.token_ids) - 1]
+        if self.next_scored is not None:
+            ends.append(self.next_scored - 1)
+        if self.next_routed is not None:
+            ends.append(self.next_routed)
+        return min(ends)
 
     def take_routing(self, routing: Routing, end: int) -> None:
         """Keep what the tokens up to position `end` took until the next event."""
@@ -139,5 +144,3 @@ class Sequence:
         """Forget what is in the KV cache: the pages are somebody else's now, and the tokens are computed again."""
         self.num_computed = 0
         self.pages = []
-        if self.num_prompt_logprobs_wanted is not None:
-            self.prompt_logprobs = [None]

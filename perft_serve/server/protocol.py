@@ -185,6 +185,11 @@ class _SamplingRequest(_Request):
         default=None,
         description=f"Of each token of the prompt, and of so many of the likeliest, at most {MAX_LOGPROBS}.",
     )
+    prompt_logprobs_start: int | None = Field(
+        default=None,
+        description="Index of the first token of the prompt to have log-probabilities, also with `echo`; those before it have "
+        "`null`, and may come from the prefix cache. Default 0.",
+    )
     truncate_prompt_tokens: int | None = Field(
         default=None, description="Cut a longer prompt to so many tokens; -1: to what leaves room for the completion."
     )
@@ -277,6 +282,7 @@ _PARAMS = (
         "truncate_prompt_tokens",
         "truncation_side",
         "return_routing",
+        "prompt_logprobs_start",
     ),
 )
 

@@ -64,6 +64,7 @@ PARAMS = SamplingParams(
     structured_outputs=StructuredOutputsParams(choice=("é", "b"), whitespace_pattern=" ?", param="guided_choice"),
     logprobs=3,
     prompt_logprobs=0,
+    prompt_logprobs_start=1,
     skip_special_tokens=False,
     truncate_prompt_tokens=-1,
     truncation_side="right",

@@ -153,6 +153,16 @@ def test_a_prompt_to_be_scored_is_computed_whole() -> None:
     assert world.scheduler.prefix_queries == 9
 
 
+def test_a_prompt_to_be_scored_from_somewhere_is_computed_from_there() -> None:
+    """The token before it too, whose logits score it; a page is found whole or not at all."""
+    world = World(prefix_caching=True)
+    world.add("first", 9, prompt_logprobs=0, prompt_logprobs_start=5)
+    assert world.shape() == {"first": 9}
+    for start, num_computed in ((1, 9), (4, 9), (5, 5), (8, 5)):
+        world.add(str(start), 9, prompt_logprobs=0, prompt_logprobs_start=start)
+        assert world.shape()[str(start)] == num_computed
+
+
 def test_requests_of_one_step_share_what_it_computes() -> None:
     """n completions of one prompt: each page is computed once, held by all, and cleared once."""
     world = World(prefix_caching=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -64,6 +65,45 @@ def test_pairs(mixtral: Served, reference: Engine, adapter: str | None) -> None:
     stats = engine.stats()
     assert stats.prefix_hits == sum(num_cached for _, num_cached in cases)
     assert stats.prefix_queries == sum(len(one.prompt_ids) for one, _ in cases if one.request_id != "scored")
+
+
+@pytest.mark.parametrize(("budget", "kv_pages"), [(512, 200), (16, 200), (16, 22)])
+@pytest.mark.parametrize("adapter", [None, "R-lora"])
+def test_what_is_scored_from_somewhere_on(
+    mixtral: Served, reference: Engine, adapter: str | None, budget: int, kv_pages: int
+) -> None:
+    """As whole prompts are, whatever is found in the cache, also in chunks and when it has to begin again."""
+    engine = mixtral.engine(page_size=4, max_num_batched_tokens=budget, max_num_seqs=8, kv_memory=kv_pages * PAGE_BYTES)
+    tails = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10, 11, 12]]
+    starts = [40, 40, 1, 0, 38, 40, 41, 43]
+    requests = [
+        request(str(i), [*PREFIX, *tails[i % 4]], adapter, prompt_logprobs=2, max_tokens=0 if i < 4 else 30)
+        for i in range(8)
+    ]
+    asked = [
+        replace(one, params=replace(one.params, prompt_logprobs_start=start))
+        for one, start in zip(requests, starts, strict=True)
+    ]
+    outputs = run(engine, asked)
+    if kv_pages == 22:
+        assert engine.stats().num_preemptions > 0
+    else:
+        assert engine.stats().prefix_hits > 0
+    for one, start in zip(requests, starts, strict=True):
+        want, got = run(reference, [one])[one.request_id], outputs[one.request_id]
+        start = max(1, start)
+        assert got.token_ids == want.token_ids
+        assert got.prompt_logprobs is not None
+        assert want.prompt_logprobs is not None
+        assert got.prompt_logprobs[:start] == (None,) * start
+        pairs = list(zip(got.prompt_logprobs[start:], want.prompt_logprobs[start:], strict=True))
+        assert pairs
+        for mine, its in pairs:
+            assert mine is not None
+            assert its is not None
+            assert mine.token_id == its.token_id
+            assert [token for token, _ in mine.top] == [token for token, _ in its.top]
+            torch.testing.assert_close(mine.logprob, its.logprob, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("budget", [512, 16])

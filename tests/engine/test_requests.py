@@ -130,6 +130,11 @@ def test_ends(engine: Engine) -> None:
     assert (scored.finish_reason, scored.token_ids) == ("length", [])
     assert scored.prompt_logprobs is not None
     assert [None if p is None else (p.token_id, len(p.top)) for p in scored.prompt_logprobs] == [None, (8, 2), (7, 2)]
+    late = run(engine, [request("x", [9, 8, 7], max_tokens=0, prompt_logprobs=2, prompt_logprobs_start=2)])["x"]
+    assert late.prompt_logprobs is not None
+    assert [None if p is None else (p.token_id, len(p.top)) for p in late.prompt_logprobs] == [None, None, (7, 2)]
+    with pytest.raises(RequestError, match="prompt_logprobs_start is 3, but the prompt has 3 tokens"):
+        engine.submit(request("x", [9, 8, 7], max_tokens=0, prompt_logprobs=2, prompt_logprobs_start=3))
     whole = run(engine, [request("x", [9] * 250, max_tokens=None)])["x"]
     assert len(whole.token_ids) == 6
 

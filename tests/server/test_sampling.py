@@ -263,6 +263,31 @@ def test_prompt_logprobs_beside_echo(client: openai.OpenAI) -> None:
     alone = complete(client, {"prompt_logprobs": 3}, max_tokens=0)
     assert alone.choices[0].model_extra["prompt_logprobs"] == both.model_extra["prompt_logprobs"]
     assert alone.usage.completion_tokens == 0
+    asked = {"prompt_logprobs": 3, "prompt_logprobs_start": num_prompt - 2, "cache_salt": "late"}
+    for num_found in (0, (num_prompt - 3) // 16 * 16):
+        late = complete(client, asked, echo=True, logprobs=1)
+        assert late.usage.prompt_tokens_details.cached_tokens == num_found
+        late = late.choices[0]
+        assert late.text == both.text
+        assert late.model_extra["prompt_logprobs"][: num_prompt - 2] == [None] * (num_prompt - 2)
+        assert late.logprobs.token_logprobs[: num_prompt - 2] == [None] * (num_prompt - 2)
+        assert late.logprobs.top_logprobs[: num_prompt - 2] == [None] * (num_prompt - 2)
+        assert late.logprobs.tokens == both.logprobs.tokens
+        for mine, its in zip(
+            late.model_extra["prompt_logprobs"][-2:], both.model_extra["prompt_logprobs"][-2:], strict=True
+        ):
+            assert [*mine] == [*its]
+        assert late.logprobs.token_logprobs[-18:] == pytest.approx(both.logprobs.token_logprobs[-18:], abs=1e-4)
+
+
+def test_where_prompt_logprobs_start_is_checked(server: RunningServer) -> None:
+    for field, words in (
+        ({"prompt_logprobs_start": 1}, "which are not asked for"),
+        ({"prompt_logprobs": 1, "prompt_logprobs_start": -1}, "must be between 0 and"),
+        ({"prompt_logprobs": 1, "prompt_logprobs_start": 1000}, "but the prompt has"),
+    ):
+        reply = server.post("/v1/completions", {"prompt": "x", **field})
+        assert_error(reply, 400, words, param="prompt_logprobs_start")
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
