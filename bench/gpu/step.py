@@ -366,6 +366,9 @@ def base(bench: Bench) -> dict[str, Any]:
                 found[f"ours_ms_{batch}" + ("_eager" if graphs == "off" else "")] = bench.decode_ms(
                     engine, [None] * batch, seed=10
                 )
+    with bench.engine(async_scheduling="off") as engine:
+        for batch in batches:
+            found[f"ours_ms_{batch}_one_step_at_a_time"] = bench.decode_ms(engine, [None] * batch, seed=10)
     model = AutoModelForCausalLM.from_pretrained(
         bench.folder, dtype=torch.bfloat16, device_map={"": bench.device}
     ).eval()

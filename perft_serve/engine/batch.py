@@ -18,7 +18,8 @@ class Batch:
     """One step's inputs. Tokens of one chunk stand together; chunks follow one another in the plan's order.
 
     Args:
-        tokens_T, positions_T: token ids and their positions in their own sequences.
+        tokens_T, positions_T: token ids and their positions in their own sequences. Tokens that the host does not know yet are
+            on the device from the start.
         slot_T: row of the KV pages, seen as `[P * page, ...]`, where each token's key and value go.
         adapter_T: arena slot of each token's adapter, -1 for the base.
         width: the most adapter experts that one of the tokens takes; 0: the batch has no PERFT adapter.
@@ -69,7 +70,8 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
     num_pages = max(len(chunk.seq.pages) for chunk in plan.chunks)
     for chunk in plan.chunks:
         seq, first_row = chunk.seq, len(tokens)
-        tokens += seq.token_ids[chunk.start : chunk.end]
+        known = seq.token_ids[chunk.start : chunk.end]
+        tokens += known + [0] * (chunk.num_tokens - len(known))  # the runner puts in what is about to be chosen
         positions += range(chunk.start, chunk.end)
         slots += [
             seq.pages[position // page_size] * page_size + position % page_size

@@ -74,6 +74,13 @@ class EngineConfig:
             "choices": ("off", "lazy", "start"),
         },
     )
+    async_scheduling: str = field(
+        default="auto",
+        metadata={
+            "help": "auto (on a GPU), on or off: start a decode step before the tokens of the one before are read back.",
+            "choices": ("auto", "on", "off"),
+        },
+    )
     scheduling_policy: str = field(
         default="fcfs",
         metadata={
@@ -95,6 +102,8 @@ class EngineConfig:
             raise ValueError(f"scheduling_policy must be 'fcfs' or 'priority', got {self.scheduling_policy!r}")
         if self.cuda_graphs not in ("off", "lazy", "start"):
             raise ValueError(f"cuda_graphs must be 'off', 'lazy' or 'start', got {self.cuda_graphs!r}")
+        if self.async_scheduling not in ("auto", "on", "off"):
+            raise ValueError(f"async_scheduling must be 'auto', 'on' or 'off', got {self.async_scheduling!r}")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ValueError(f"max_model_len must be at least 2, got {self.max_model_len}")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -60,6 +60,19 @@ class Tables:
             self._lora = arena.lora
 
 
+class _PinnedInputs:
+    """Host memory from which a GPU copies `numbers_4T` and `pages_TN`, and the end of the last copy."""
+
+    def __init__(self, numbers_4T: Tensor, pages_TN: Tensor) -> None:
+        self._tensors = (numbers_4T.cpu().pin_memory(), pages_TN.cpu().pin_memory())
+        self.copied = torch.cuda.Event()
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """To be written to, once nobody copies from it any more."""
+        self.copied.synchronize()
+        return self._tensors
+
+
 class DecodeInputs:
     """The buffers.
 
@@ -79,8 +92,9 @@ class DecodeInputs:
         self._numbers_4T = zeros(4, max_num_seqs)  # token, position, slot, adapter
         self._pages_TN = zeros(max_num_seqs, max_pages)
         self._no_pieces_Q3 = zeros(0, 3)
-        # on a GPU written in pinned memory first, and copied in two pieces without waiting
-        self._host = [t.cpu().pin_memory() for t in (self._numbers_4T, self._pages_TN)] if on_gpu else None
+        # on a GPU written in pinned memory first, and copied in two pieces without waiting: while one step's are on their way,
+        # the next one's are written elsewhere
+        self._host = [_PinnedInputs(self._numbers_4T, self._pages_TN) for _ in range(2)] if on_gpu else None
 
     def tensors(self) -> list[Tensor]:
         """All that a recorded step may read here."""
@@ -89,12 +103,17 @@ class DecodeInputs:
     def fill(self, batch: Batch, num_rows: int) -> None:
         """Put the batch into the first rows, and padding into the others of the first `num_rows`.
 
-        The step before must be over: its tokens have been read.
+        On a CPU the step before must be over.
         """
-        numbers_4T, pages_TN = self._host or (self._numbers_4T, self._pages_TN)
+        numbers_4T, pages_TN = self._numbers_4T, self._pages_TN
+        if self._host is not None:
+            pinned = self._host[0]
+            self._host.reverse()
+            numbers_4T, pages_TN = pinned.take()
         num_seqs, width = batch.pages_BN.shape
         for row, values in enumerate((batch.tokens_T, batch.positions_T, batch.slot_T, batch.adapter_T)):
-            numbers_4T[row, :num_seqs] = values
+            if values.device == numbers_4T.device:
+                numbers_4T[row, :num_seqs] = values
         pages_TN[:num_seqs, :width] = batch.pages_BN
         if num_rows > num_seqs:
             for row, value in enumerate(_PADDING):
@@ -103,6 +122,9 @@ class DecodeInputs:
         if self._host is not None:
             self._numbers_4T.copy_(numbers_4T, non_blocking=True)
             self._pages_TN[:num_rows].copy_(pages_TN[:num_rows], non_blocking=True)
+            pinned.copied.record()
+            if batch.tokens_T.device != numbers_4T.device:
+                self._numbers_4T[0, :num_seqs] = batch.tokens_T
 
     def batch(self, kind: StepKind) -> Batch:
         """The first rows as a batch of sequences with one token each."""

@@ -26,8 +26,8 @@ from perft_serve.engine.limits import Limits
 from perft_serve.engine.pages import PagePool
 from perft_serve.engine.params import RequestError, StructuredOutputsParams
 from perft_serve.engine.policy import FirstComeFirstServed, LowestPriorityFirst
-from perft_serve.engine.runner import Runner
-from perft_serve.engine.scheduler import Plan, Scheduler
+from perft_serve.engine.runner import Runner, Step
+from perft_serve.engine.scheduler import ChunkResult, Plan, Scheduler
 from perft_serve.engine.sequence import Sequence
 
 
@@ -83,6 +83,7 @@ class Engine:
             prefix_caching=config.prefix_caching == "on",
             order=LowestPriorityFirst() if config.scheduling_policy == "priority" else FirstComeFirstServed(),
         )
+        self._in_flight: Step | None = None  # launched ahead of the results of the step before it
         self._num_steps = 0
         self._num_corrupted = 0  # that were counted
         try:
@@ -141,6 +142,9 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One step forward for as many requests as fit; nothing is computed if all of them wait for their adapters.
 
+        With `async_scheduling` the next step is launched before this one's results are collected, where it does not depend on
+        them: the device goes on while the host tells what has come.
+
         Whatever it raises, the requests stay as they were before.
         """
         began = time.monotonic()
@@ -149,19 +153,31 @@ class Engine:
         self._take_updates()
         self._take_grammars()
         polled = time.monotonic()
-        plan = self._scheduler.schedule()
-        scheduled = time.monotonic()
+        step, self._in_flight = self._in_flight, None
+        plan = self._scheduler.schedule() if step is None else step.plan
+        scheduled = computed = time.monotonic()
+        results: list[ChunkResult] = []
         try:
-            results = self._runner.run(plan) if plan.chunks else []
+            if step is None and plan.chunks:
+                step = self._runner.launch(plan)
+                computed = step.computed_at
+            if step is not None:
+                if self._runner.runs_ahead and (ahead := self._scheduler.schedule_ahead(plan)) is not None:
+                    self._in_flight = self._runner.launch(ahead, after=step)
+                    computed = self._in_flight.computed_at
+                results = self._runner.collect(step)
         except BaseException:
+            self._in_flight = None
             self._scheduler.roll_back(plan)
             raise
         ran = time.monotonic()
         events = self._scheduler.commit(plan, results)
+        if self._in_flight is not None and not self._scheduler.is_alive(self._in_flight.plan):
+            self._in_flight = None
         self._take_updates()  # asking for one adapter moves others, and who waits for those must find out without a step
         if plan.chunks:
             self._num_steps += 1
-            self._count_step(plan, (began, polled, scheduled, self._runner.computed_at, ran, time.monotonic()))
+            self._count_step(plan, (began, polled, scheduled, computed, ran, time.monotonic()))
         return events
 
     def has_work(self) -> bool:

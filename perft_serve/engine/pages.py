@@ -75,13 +75,17 @@ class PagePool:
             found.append(page)
         return found
 
+    def can_take(self, count: int, found: Sequence[int] = ()) -> bool:
+        """Whether `take` would give them."""
+        return count <= self.num_free - sum(page in self._cached for page in found)
+
     def take(self, count: int, found: Sequence[int] = ()) -> list[int] | None:
         """Hold `found` pages, shared with whoever else holds them, and `count` pages of one's own.
 
         Returns:
             The pages of one's own, whose hashes are forgotten; or `None`, and then nothing is held.
         """
-        if count > self.num_free - sum(page in self._cached for page in found):
+        if not self.can_take(count, found):
             return None
         for page in found:
             self._cached.pop(page, None)

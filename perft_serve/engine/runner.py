@@ -1,14 +1,18 @@
 """The base model with the seam behind it, and its KV cache: runs plans. In: a `Plan`. Out: a `ChunkResult` per chunk.
 
+A step is launched, and its results are collected: on a GPU it is on its way meanwhile, and the next one may be launched with
+the tokens that it is about to choose.
+
 It knows no queue and no names: adapters are slots of the arena here.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -28,11 +32,11 @@ from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from perft_serve.engine.decode_programs import DecodePrograms
 from perft_serve.engine.digest import base_digest
-from perft_serve.engine.events import Routing, TokenLogprobs
+from perft_serve.engine.events import Routing
 from perft_serve.engine.grammar import Grammar, Grammars, allowed
 from perft_serve.engine.logits import LogitEditor
 from perft_serve.engine.packing import PanelHead, greedy_head, pack
-from perft_serve.engine.sampler import EditedRows, Fault, sample, token_logprobs, uniform
+from perft_serve.engine.sampler import FAULTS, EditedRows, Fault, Scores, sample, score, uniform
 from perft_serve.engine.scheduler import Chunk, ChunkResult, Plan
 from perft_serve.engine.seam import KvCache, Seam, install
 from perft_serve.engine.sequence import Sequence
@@ -42,6 +46,42 @@ _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 # Sequences that follow a grammar, and the masks over the vocabulary that are being computed for them
 Masks: TypeAlias = "tuple[list[Sequence], Future[Tensor]]"
+
+
+@dataclass(kw_only=True, slots=True)
+class Step:
+    """A plan that has been launched. Its tensors belong to it, and may be on their way.
+
+    Args:
+        plan: what is computed.
+        sampled: the sequences that get a token, in the plan's order.
+        tokens_S: what is chosen for each of them, on the device; `FAULTS` if nothing can be.
+        told_S: the same in host memory, once `copied` has happened; `copied` is `None` where there is nothing to wait for.
+        computed_at: when the logits were there, or (on a GPU) on their way (`time.monotonic()`).
+        logprobs: of the tokens of the sequences `sampled[i]` for i in `with_logprobs`.
+        prompt_logprobs: of the prompt tokens that follow those in `Chunk.scored`, one sequence after the other.
+        routes: what the tokens took, if that is looked at for the balances.
+        routing: ids and weights `[R, L, X]` of the tokens `Batch.routed_rows`.
+    """
+
+    plan: Plan
+    computed_at: float
+    sampled: list[Sequence]
+    tokens_S: Tensor
+    told_S: Tensor
+    copied: torch.cuda.Event | None = None
+    with_logprobs: list[int]
+    logprobs: Scores | None = None
+    prompt_logprobs: Scores | None = None
+    routes: list[tuple[int, Tensor]] | None = None
+    routing: tuple[Tensor, Tensor] | None = None
+
+    def read(self) -> list[int]:
+        """What was chosen for each of `sampled`; waits for it."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        tokens: list[int] = self.told_S.tolist()
+        return tokens
 
 
 class Runner:
@@ -56,7 +96,7 @@ class Runner:
         vocab_size, max_position_embeddings, eos_token_ids, base_digest: facts about the model.
         num_pages: pages that the KV cache has to give.
         balances: how evenly adapters' tokens spread, looked at now and then.
-        computed_at: when the last step's logits were there, or (on a GPU) on their way (`time.monotonic()`).
+        runs_ahead: whether a step is to be launched before the last one's results are collected, where it can be.
 
     Raises:
         BaseModelError: the model cannot be loaded, has no MoE blocks, or does something that batches cannot do.
@@ -89,7 +129,9 @@ class Runner:
         self._seam.arena = self.arena
         self._seam.ones_T1 = torch.ones(max(config.max_num_batched_tokens, config.max_num_seqs), 1, device=self.device)
         self.balances = Balances(self.arena)
-        self.computed_at = 0.0
+        self.runs_ahead = config.async_scheduling == "on" or (
+            config.async_scheduling == "auto" and self.device.type == "cuda"
+        )
         page_bytes = sum(heads * (key_dim + value_dim) for heads, key_dim, value_dim in shapes.values())
         page_bytes *= config.page_size * self.dtype.itemsize
         self.num_pages = config.kv_memory // page_bytes
@@ -117,21 +159,27 @@ class Runner:
                     self._programs.capture_all()
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[ChunkResult]:
-        """Compute one step; the plan has at least one chunk."""
+    def launch(self, plan: Plan, after: Step | None = None) -> Step:
+        """Start one step; the plan has at least one chunk.
+
+        Args:
+            after: the step before, where the plan was chosen ahead of its results: all tokens are those that it chooses.
+        """
         self._cache.clear(plan.new_pages)
         masks = self._begin_masks(plan)
         batch = build_batch(plan, self._page_size)
+        if after is not None:
+            place = {seq: i for i, seq in enumerate(after.sampled)}
+            rows = torch.tensor([place[chunk.seq] for chunk in plan.chunks], device=self.device)
+            batch = replace(
+                batch, tokens_T=after.tokens_S[rows].clamp(min=0)
+            )  # what follows a fault is of no use to anybody
         # what is computed on the way of a recorded step, nobody sees
         programs = None if batch.routed_rows else self._programs
         if isinstance(programs, DecodePrograms) and all(chunk.seq.takes_likeliest for chunk in plan.chunks):
             chosen_B = programs.choose(batch)
             if chosen_B is not None:
-                self.computed_at = time.monotonic()
-                return [
-                    ChunkResult(token_id=token) if token >= 0 else _faulty(chunk.seq, "nan")
-                    for chunk, token in zip(plan.chunks, chosen_B.tolist(), strict=True)
-                ]
+                return self._step(plan, [chunk.seq for chunk in plan.chunks], chosen_B.clone(), time.monotonic())
         logits_NV = None if programs is None else programs.run(batch)
         routes = None
         if logits_NV is None:
@@ -142,11 +190,29 @@ class Runner:
                 logits_NV = self._forward(batch.to(self.device), rows)
             finally:
                 self._seam.routes = None
-        self.computed_at = time.monotonic()
-        results = self._results(plan, logits_NV, masks)
-        if routes is not None:  # only now, when the step's tokens are there and nobody waits for the device
-            self.balances.note(plan, routes)
-        return self._with_routing(plan, results) if batch.routed_rows else results
+        step = self._sampled(plan, logits_NV, masks)
+        step.routes = routes
+        if batch.routed_rows:
+            step.routing = self._take_routing()
+        return step
+
+    def _step(self, plan: Plan, sampled: list[Sequence], tokens_S: Tensor, computed_at: float) -> Step:
+        """A launched step, and its tokens on their way to the host."""
+        told_S, copied = tokens_S, None
+        if self.device.type == "cuda":
+            told_S = torch.empty(tokens_S.shape, dtype=tokens_S.dtype, pin_memory=True)
+            told_S.copy_(tokens_S, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        return Step(
+            plan=plan,
+            computed_at=computed_at,
+            sampled=sampled,
+            tokens_S=tokens_S,
+            told_S=told_S,
+            copied=copied,
+            with_logprobs=[i for i, seq in enumerate(sampled) if seq.request.params.logprobs is not None],
+        )
 
     def _graphs(self, capture: Capture, **sizes: int) -> DecodeGraphs:
         return DecodeGraphs(self._forward, self.arena, capture, self.device, base_top_k=self._seam.base_top_k, **sizes)
@@ -183,57 +249,73 @@ class Runner:
         seqs = [chunk.seq for chunk in plan.chunks if chunk.samples and chunk.seq.grammar is not None]
         return (seqs, self.grammars.masks([_grammar(seq) for seq in seqs])) if seqs else None
 
-    def _results(self, plan: Plan, logits_NV: Tensor, masks: Masks | None) -> list[ChunkResult]:
-        scored: list[tuple[Chunk, slice]] = []  # chunks with prompt tokens to score, and their rows
+    def _sampled(self, plan: Plan, logits_NV: Tensor, masks: Masks | None) -> Step:
+        """The step whose logits these are, with all that is wanted of them; nothing is read back."""
+        computed_at = time.monotonic()
+        scored: list[int] = []  # rows whose prompt tokens are to be scored,
+        following: list[int] = []  # those tokens, and
+        num_top: list[int] = []  # how many likeliest ones are to be told beside each
         sampled: list[tuple[Chunk, int]] = []  # chunks with a token to choose, and its row
         row = 0
         for chunk in plan.chunks:
             if chunk.scored:
-                scored.append((chunk, slice(row, row + len(chunk.scored))))
+                scored += range(row, row + len(chunk.scored))
+                following += chunk.seq.request.prompt_ids[chunk.scored.start + 1 : chunk.scored.stop + 1]
+                num_top += [chunk.seq.request.params.prompt_logprobs or 0] * len(chunk.scored)
                 row += len(chunk.scored)
             if chunk.samples:
                 sampled.append((chunk, row))
                 row += 1
-        results = self._sample(sampled, logits_NV, masks)
-        prompt_logprobs = {chunk.seq: self._score(chunk, logits_NV[rows]) for chunk, rows in scored}
-        return [
-            ChunkResult(
-                token_id=result.token_id,
-                logprobs=result.logprobs,
-                error=result.error,
-                error_kind=result.error_kind,
-                prompt_logprobs=prompt_logprobs.get(chunk.seq, ()),
-            )
-            for chunk in plan.chunks
-            for result in (results.get(chunk.seq, ChunkResult()),)
-        ]
+        step = self._sample(plan, sampled, logits_NV, masks, computed_at)
+        if scored:
+            rows_NV = logits_NV if scored == list(range(len(logits_NV))) else logits_NV[self._indices(scored)]
+            step.prompt_logprobs = score(rows_NV, self._indices(following), num_top)
+        return step
+
+    def _indices(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _sample(
-        self, sampled: list[tuple[Chunk, int]], logits_NV: Tensor, masks: Masks | None
-    ) -> dict[Sequence, ChunkResult]:
-        """What comes of each chunk that gets a token."""
+        self,
+        plan: Plan,
+        sampled: list[tuple[Chunk, int]],
+        logits_NV: Tensor,
+        masks: Masks | None,
+        computed_at: float,
+    ) -> Step:
+        """Chooses a token for each chunk that gets one."""
         if not sampled:
-            return {}
+            return self._step(plan, [], self._indices([]), computed_at)
         rows = [row for _, row in sampled]
-        logits_BV = (
-            logits_NV if rows == list(range(len(logits_NV))) else logits_NV[torch.tensor(rows, device=self.device)]
-        )
+        logits_SV = logits_NV if rows == list(range(len(logits_NV))) else logits_NV[self._indices(rows)]
         seqs = [chunk.seq for chunk, _ in sampled]
-        draws = [uniform(seq.seed, seq.request.choice, len(seq.token_ids)) for seq in seqs]
-        edited = self._edited(seqs, logits_BV, masks)
-        tokens, faults = sample(logits_BV, [seq.request.params for seq in seqs], draws, edited)
-        wanted = [i for i, seq in enumerate(seqs) if faults[i] is None and seq.request.params.logprobs is not None]
-        logprobs: dict[int, TokenLogprobs] = {}
-        if wanted:
-            num_top = [seqs[i].request.params.logprobs or 0 for i in wanted]
-            found = token_logprobs(logits_BV[wanted], [tokens[i] for i in wanted], num_top)
-            logprobs = dict(zip(wanted, found, strict=True))
-        return {
-            seq: _faulty(seq, fault)
-            if (fault := faults[i]) is not None
-            else ChunkResult(token_id=tokens[i], logprobs=logprobs.get(i))
-            for i, seq in enumerate(seqs)
+        draws = [uniform(chunk.seq.seed, chunk.seq.request.choice, chunk.end) for chunk, _ in sampled]
+        edited = self._edited(seqs, logits_SV, masks)
+        tokens_S = sample(logits_SV, [seq.request.params for seq in seqs], draws, edited)
+        step = self._step(plan, seqs, tokens_S, computed_at)
+        if step.with_logprobs:
+            wanted = self._indices(step.with_logprobs)
+            num_top = [seqs[i].request.params.logprobs or 0 for i in step.with_logprobs]
+            step.logprobs = score(logits_SV[wanted], tokens_S[wanted], num_top)
+        return step
+
+    @torch.inference_mode()
+    def collect(self, step: Step) -> list[ChunkResult]:
+        """What has come of a launched step; waits until it is there."""
+        tokens = step.read()
+        logprobs = dict(zip(step.with_logprobs, step.logprobs.read(), strict=True)) if step.logprobs else {}
+        found = {
+            seq: ChunkResult(token_id=token, logprobs=logprobs.get(i)) if token >= 0 else _faulty(seq, FAULTS[token])
+            for i, (seq, token) in enumerate(zip(step.sampled, tokens, strict=True))
         }
+        results = [found.get(chunk.seq, ChunkResult()) for chunk in step.plan.chunks]
+        if step.prompt_logprobs is not None:
+            scores = iter(step.prompt_logprobs.read())
+            for i, chunk in enumerate(step.plan.chunks):
+                results[i] = replace(results[i], prompt_logprobs=tuple(itertools.islice(scores, len(chunk.scored))))
+        if step.routes is not None:  # only now, when the step's tokens are there and nobody waits for the device
+            self.balances.note(step.plan, step.routes)
+        return results if step.routing is None else self._with_routing(step, results)
 
     def _edited(self, seqs: list[Sequence], logits_BV: Tensor, masks: Masks | None) -> EditedRows | None:
         """The logits of the sequences that have them changed; log-probabilities are of those that were there before."""
@@ -255,13 +337,18 @@ class Runner:
             logits_RV[following] = logits_RV[following].masked_fill(forbidden_BV, -math.inf)
         return EditedRows(tuple(rows), logits_RV)
 
-    def _with_routing(self, plan: Plan, results: list[ChunkResult]) -> list[ChunkResult]:
-        """`results` with what adapter experts the tokens `Batch.routed_rows` took, each chunk's with its own."""
+    def _take_routing(self) -> tuple[Tensor, Tensor]:
+        """What adapter experts the tokens `Batch.routed_rows` of the last pass took, and with what weights: `[R, L, X]`."""
+        routed, self._seam.routed = self._seam.routed, {}
         ids_RLX, weights_RLX = (
-            torch.stack([self._seam.routed[l][which] for l in range(len(self.arena.blocks))], dim=1).cpu()
-            for which in (0, 1)
+            torch.stack([routed[l][which] for l in range(len(self.arena.blocks))], dim=1) for which in (0, 1)
         )
-        self._seam.routed = {}
+        return ids_RLX, weights_RLX
+
+    def _with_routing(self, step: Step, results: list[ChunkResult]) -> list[ChunkResult]:
+        """`results` with what adapter experts the tokens `Batch.routed_rows` took, each chunk's with its own."""
+        assert step.routing is not None
+        plan, (ids_RLX, weights_RLX) = step.plan, (tensor.cpu() for tensor in step.routing)
         first_row = 0
         told = list(results)
         for i, chunk in enumerate(plan.chunks):
@@ -285,13 +372,6 @@ class Runner:
                 ),
             )
         return told
-
-    @staticmethod
-    def _score(chunk: Chunk, logits_nV: Tensor) -> tuple[Any, ...]:
-        """Log-probabilities of the prompt tokens that follow those in `Chunk.scored`, whose logits are given."""
-        following = chunk.seq.request.prompt_ids[chunk.scored.start + 1 : chunk.scored.stop + 1]
-        num_top = chunk.seq.request.params.prompt_logprobs or 0
-        return tuple(token_logprobs(logits_nV, following, [num_top] * len(following)))
 
     @torch.inference_mode()
     def _greedy_head(self) -> PanelHead | None:

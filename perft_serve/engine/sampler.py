@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,10 @@ from perft_kernels.argmax import argmax
 from perft_serve.engine.events import TokenLogprobs
 from perft_serve.engine.params import SamplingParams
 
-Fault = Literal["nan", "nothing left"]
+Fault: TypeAlias = Literal["nan", "nothing left"]
+
+# What stands in place of a token where none can be chosen
+FAULTS: dict[int, Fault] = {-1: "nan", -2: "nothing left"}
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
@@ -41,8 +44,8 @@ def sample(
     params: Sequence[SamplingParams],
     draws: Sequence[float],
     edited: EditedRows | None = None,
-) -> tuple[list[int], list[Fault | None]]:
-    """Choose a token for each row.
+) -> Tensor:
+    """Choose a token for each row; nothing of it is read back from the device.
 
     Args:
         logits_BV: float32; not changed.
@@ -51,21 +54,22 @@ def sample(
         edited: the logits of some rows as they are to be taken.
 
     Returns:
-        (token ids, what is wrong with each row if anything is: `nan`, its logits hold a NaN, or `nothing left`, no token may
-        be taken; the token of such a row has no meaning).
+        Token ids `[B]`; one of `FAULTS` where there is none: the row's logits hold a NaN (its own, not those that stand in), or
+        no token may be taken.
     """
-    tokens: list[int] = argmax(logits_BV).tolist()
-    faults: list[Fault | None] = [None if token >= 0 else "nan" for token in tokens]
+    best_B = argmax(logits_BV)
+    if edited is None and all(each.greedy for each in params):
+        return best_B
+    tokens_B = best_B
     place: dict[int, int] = {}  # of the edited rows
     if edited is not None:
         place = {row: r for r, row in enumerate(edited.rows)}
-        best_R = argmax(edited.logits_RV)
-        most_R = edited.logits_RV.gather(1, best_R.clamp(min=0).unsqueeze(1)).squeeze(1)
-        for row, best, most in zip(edited.rows, best_R.tolist(), most_R.tolist(), strict=True):
-            tokens[row] = best
-            if faults[row] is None and most == -math.inf:
-                faults[row] = "nothing left"
-    sampled = [i for i, p in enumerate(params) if not p.greedy and faults[i] is None]
+        likeliest_R = argmax(edited.logits_RV)
+        most_R = edited.logits_RV.gather(1, likeliest_R.clamp(min=0).unsqueeze(1)).squeeze(1)
+        likeliest_R = torch.where(most_R == -math.inf, -2, likeliest_R)
+        tokens_B = best_B.index_copy(0, torch.tensor(edited.rows, device=best_B.device), likeliest_R)
+    likeliest_B = tokens_B
+    sampled = [i for i, p in enumerate(params) if not p.greedy]
     for choose, is_filtered in ((_from_all, False), (_from_likeliest, True)):
         rows = [i for i in sampled if _is_filtered(params[i]) == is_filtered]
         if rows:
@@ -74,10 +78,9 @@ def sample(
             if edited is not None and (changed := [b for b, i in enumerate(rows) if i in place]):
                 some_BV[changed] = edited.logits_RV[[place[rows[b]] for b in changed]]
             probs_BV = torch.softmax(some_BV.double() / temperature_B1, dim=-1)
-            chosen = choose(probs_BV, [params[i] for i in rows], _column([draws[i] for i in rows], logits_BV))
-            for i, token in zip(rows, chosen.tolist(), strict=True):
-                tokens[i] = token
-    return tokens, faults
+            chosen_B = choose(probs_BV, [params[i] for i in rows], _column([draws[i] for i in rows], logits_BV))
+            tokens_B = tokens_B.index_copy(0, torch.tensor(rows, device=tokens_B.device), chosen_B)
+    return torch.where(best_B < 0, best_B, torch.where(likeliest_B < 0, likeliest_B, tokens_B))
 
 
 def _is_filtered(params: SamplingParams) -> bool:
@@ -115,22 +118,44 @@ def _invert(probs_BV: Tensor, draws_B1: Tensor) -> Tensor:
     return torch.searchsorted(cdf_BV, target_B1, right=True).clamp(max=probs_BV.shape[1] - 1)
 
 
-def token_logprobs(logits_NV: Tensor, token_ids: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities that may still be on the device, or on their way there.
+
+    Args:
+        tokens_N: the token that each row tells of.
+        chosen_N: its log-probability.
+        rank_N: 1 and how many tokens are likelier.
+        top_ids_NK, top_NK: the likeliest tokens and their log-probabilities.
+        num_top: how many of those each row tells.
+    """
+
+    tokens_N: Tensor
+    chosen_N: Tensor
+    rank_N: Tensor
+    top_ids_NK: Tensor
+    top_NK: Tensor
+    num_top: tuple[int, ...]
+
+    def read(self) -> list[TokenLogprobs]:
+        """Each row's."""
+        columns = (self.tokens_N, self.chosen_N, self.rank_N, self.top_ids_NK, self.top_NK)
+        return [
+            TokenLogprobs(token, logprob, tuple(zip(ids[:n], values[:n], strict=True)), rank)
+            for token, logprob, rank, ids, values, n in zip(*(t.tolist() for t in columns), self.num_top, strict=True)
+        ]
+
+
+def score(logits_NV: Tensor, tokens_N: Tensor, num_top: Sequence[int]) -> Scores:
     """Log-probabilities of the model's own distribution (before temperature) for each row.
 
     Args:
         logits_NV: float32.
-        token_ids: the token to report in each row.
+        tokens_N: the token to report in each row; what is said of one below 0 has no meaning.
         num_top: how many of the likeliest tokens to report besides.
     """
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
-    chosen_N1 = logprobs_NV.gather(1, torch.tensor(token_ids, device=logits_NV.device).unsqueeze(1))
-    chosen, ranks = chosen_N1.squeeze(1).tolist(), (1 + (logprobs_NV > chosen_N1).sum(1)).tolist()
-    most = min(max(num_top), logits_NV.shape[1])
-    top_values, top_ids = (t.tolist() for t in logprobs_NV.topk(most, dim=-1))
-    return [
-        TokenLogprobs(token, logprob, tuple(zip(ids[:n], values[:n], strict=True)), rank)
-        for token, logprob, rank, ids, values, n in zip(
-            token_ids, chosen, ranks, top_ids, top_values, num_top, strict=True
-        )
-    ]
+    chosen_N1 = logprobs_NV.gather(1, tokens_N.clamp(min=0).unsqueeze(1))
+    rank_N = 1 + (logprobs_NV > chosen_N1).sum(1)
+    top_NK, top_ids_NK = logprobs_NV.topk(min(max(num_top), logits_NV.shape[1]), dim=-1)
+    return Scores(tokens_N, chosen_N1.squeeze(1), rank_N, top_ids_NK, top_NK, tuple(num_top))

@@ -62,21 +62,21 @@ class Adapters(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `[start, start + num_tokens)` of one sequence, to be computed in this step."""
+    """Tokens `[start, start + num_tokens)` of one sequence, to be computed in this step.
+
+    Args:
+        samples: whether the step ends with a new token for this sequence.
+    """
 
     seq: Sequence
     start: int
     num_tokens: int
+    samples: bool
 
     @property
     def end(self) -> int:
         """One past the last token."""
         return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step ends with a new token for this sequence."""
-        return self.end == len(self.seq.token_ids) and self.seq.max_tokens > 0
 
     @property
     def scored(self) -> range:
@@ -89,6 +89,8 @@ class Chunk:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One step: its chunks, and the pages that change hands and must be cleared first.
+
+    The last token of a chunk may be one that the step before is still about to choose (`Scheduler.schedule_ahead`).
 
     A chunk may attend to pages that another chunk of the same plan fills: in every layer the keys and values of the whole
     batch are written before anybody attends.
@@ -206,6 +208,9 @@ class Scheduler:
         self._line = LineForRoom()
         self._overdue = FirstComeFirstServed()  # were passed over too often, and may have their adapter now
         self._room_may_have_come = False  # in the arena, since those who wait for it were last tried
+        self._ahead: tuple[
+            Chunk, ...
+        ] = ()  # of the step that was chosen before the tokens of the present one are there
         self._ended: list[TokenEvent] = []  # last events of sequences that ended outside of a step
         self.num_preemptions = 0
         self.num_corrupted = 0
@@ -227,15 +232,26 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a step could do something now; if not, all sequences wait for adapters that are being loaded."""
+        return bool(self._running or self._ended or self._could_start())
+
+    def _could_start(self) -> bool:
+        """Whether somebody who does not run might, if there is a seat."""
         return bool(
-            self._running
-            or self._entering
-            or self._ended
+            self._entering
             or self._order.first() is not None
             or (self._parked and self._room_may_have_come)
             or ((overdue := self._first_overdue()) is not None and overdue.has_changed)
             or (self._held_back.first() is not None and self._gate() is None)
         )
+
+    def _may_start_now(self) -> bool:
+        """Whether the next step may be somebody's first; false for certain if there are no seats or pages."""
+        if len(self._running) == self._max_num_seqs:
+            return False
+        if self._entering:
+            found, num_own = self._needed_pages(self._entering[0])
+            return self._pool.can_take(num_own, found)
+        return self._could_start()
 
     def add(self, seq: Sequence, *, ready: bool = True) -> None:
         """Put a new sequence in line; one that is not ready stands there from the moment it is (`ready`, or `refuse`)."""
@@ -309,11 +325,43 @@ class Scheduler:
         self._plan_starts(draft)
         return Plan(tuple(draft.chunks.values()), tuple(draft.new_pages))
 
+    def schedule_ahead(self, plan: Plan) -> Plan | None:
+        """Choose the step after `plan`, whose tokens are not there yet: one more for each sequence that does not end with it
+        whatever its token is. One that does end with it has been computed in vain.
+
+        `plan` has to be committed before anything else is scheduled.
+
+        Returns:
+            The step; or `None`: what comes next depends on the tokens, or somebody else may start.
+        """
+        alive = [chunk for chunk in plan.chunks if chunk.seq in self._running]
+        if len(alive) < len(self._running) or not all(chunk.samples and chunk.seq.runs_ahead for chunk in alive):
+            return None
+        if self._may_start_now():
+            return None
+        going = [chunk.seq for chunk in alive if chunk.seq.num_generated + 1 < chunk.seq.max_tokens]
+        growing = [seq for seq in going if self._pool.pages_for(len(seq.token_ids) + 1) > len(seq.pages)]
+        pages = self._pool.take(len(growing))
+        if not going or pages is None:
+            return None
+        for seq, page in zip(growing, pages, strict=True):
+            seq.pages.append(page)
+        for seq in going:
+            self._order.charge(seq, 1)
+        self._ahead = tuple(Chunk(seq, len(seq.token_ids), 1, samples=True) for seq in going)
+        return Plan(self._ahead, tuple(pages))
+
+    def is_alive(self, plan: Plan) -> bool:
+        """Whether the results of a step are still of use to somebody."""
+        return any(chunk.seq in self._running for chunk in plan.chunks)
+
     def commit(self, plan: Plan, results: Seq[ChunkResult]) -> list[TokenEvent]:
         """Take a step's results in and say what happened: first who ended outside of a step, then in the plan's order."""
         events, self._ended = self._ended, []
         for chunk, result in zip(plan.chunks, results, strict=True):
             seq = chunk.seq
+            if seq not in self._running:  # it ended while this step was already on its way
+                continue
             seq.num_computed = chunk.end
             if seq.prompt_logprobs is not None:
                 seq.prompt_logprobs.extend(result.prompt_logprobs)
@@ -329,14 +377,21 @@ class Scheduler:
                 events.append(self._finish(seq, result, self._finish_reason(seq, result.token_id)))
             elif seq.num_to_compute == 0:  # a prompt that was only to be scored
                 events.append(self._finish(seq, result, "length"))
+        for chunk in self._ahead:  # only now are the tokens known that its pages are known by
+            if chunk.seq in self._running:
+                self._publish(chunk)
+        self._ahead = ()
         return events
 
     def roll_back(self, plan: Plan) -> None:
-        """The plan was not carried out: its sequences start again, and nobody finds pages that it was to fill."""
-        for chunk in plan.chunks:
+        """The plan was not carried out, nor one that was chosen ahead: its sequences start again, and nobody finds pages that
+        it was to fill."""
+        self._ahead = ()
+        alive = [chunk for chunk in plan.chunks if chunk.seq in self._running]
+        for chunk in alive:
             for page in chunk.seq.pages[chunk.start // self._pool.page_size :]:
                 self._pool.forget(page)
-        for chunk in reversed(plan.chunks):
+        for chunk in reversed(alive):
             self._preempt(chunk.seq)
 
     # The plan
@@ -367,7 +422,8 @@ class Scheduler:
             self._publish(self._compute(seq, chunk_size(seq, draft.budget), draft))
 
     def _compute(self, seq: Sequence, num_tokens: int, draft: _Draft) -> Chunk:
-        chunk = draft.chunks[seq] = Chunk(seq, seq.num_computed, num_tokens)
+        samples = num_tokens == seq.num_to_compute and seq.max_tokens > 0
+        chunk = draft.chunks[seq] = Chunk(seq, seq.num_computed, num_tokens, samples=samples)
         draft.budget -= num_tokens
         self._order.charge(seq, num_tokens)
         return chunk
@@ -398,9 +454,8 @@ class Scheduler:
 
     def _admit(self, seq: Sequence, draft: _Draft) -> bool:
         """Give a sequence pages for all its tokens, those with its beginning if there are any; false if there are too few."""
-        looks_up = self._prefix_caching and seq.num_reusable > 0
-        found = self._pool.find(self._hashes(seq, seq.num_reusable)) if looks_up else []
-        own = self._pool.take(self._pool.pages_for(len(seq.token_ids)) - len(found), found)
+        found, num_own = self._needed_pages(seq)
+        own = self._pool.take(num_own, found)
         if own is None:
             return False
         self._running[seq] = None
@@ -410,10 +465,18 @@ class Scheduler:
         if seq.scheduled_at is None:
             seq.scheduled_at = time.monotonic()
             seq.num_cached_tokens = seq.num_computed
-            if looks_up:
+            if self._looks_up(seq):
                 self.prefix_queries += seq.num_prompt
                 self.prefix_hits += seq.num_cached_tokens
         return True
+
+    def _looks_up(self, seq: Sequence) -> bool:
+        return self._prefix_caching and seq.num_reusable > 0
+
+    def _needed_pages(self, seq: Sequence) -> tuple[list[int], int]:
+        """The pages with a sequence's beginning that are there, and how many it needs besides."""
+        found = self._pool.find(self._hashes(seq, seq.num_reusable)) if self._looks_up(seq) else []
+        return found, self._pool.pages_for(len(seq.token_ids)) - len(found)
 
     def _publish(self, chunk: Chunk) -> None:
         """Make the pages known that a chunk fills."""

@@ -111,6 +111,11 @@ class Sequence:
         return params.greedy and not asks_more and self.next_scored is None
 
     @property
+    def runs_ahead(self) -> bool:
+        """Whether its next token may be computed before the one before it is known on the host."""
+        return not self.edits_logits and self.grammar is None and self.next_routed is None
+
+    @property
     def num_reusable(self) -> int:
         """How many of its first tokens need keys and values only, which the prefix cache may have: the last one's logits are
         wanted, as are those before each token to be scored, and the adapter experts of some tokens.

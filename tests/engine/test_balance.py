@@ -34,7 +34,7 @@ def chunk(name: str, slot: int, num_tokens: int) -> Chunk:
     request = EngineRequest(request_id=name, prompt_ids=(1,) * num_tokens, params=SamplingParams(), adapter=ref)
     seq = Sequence(request=request, seed=0, max_tokens=1)
     seq.hold(Lease(ref=ref, slot=slot, width=1, digest=name))
-    return Chunk(seq, 0, num_tokens)
+    return Chunk(seq, 0, num_tokens, samples=False)
 
 
 def balances() -> Balances:

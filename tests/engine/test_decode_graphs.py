@@ -129,8 +129,9 @@ def assert_same(got: dict[str, Output], want: dict[str, Output]) -> None:
         torch.testing.assert_close(torch.tensor(got[key].logprobs), torch.tensor(output.logprobs), rtol=1e-4, atol=1e-4)
 
 
-def test_a_replay_depends_on_its_buffers_alone(base: Path, capture: FrozenCapture) -> None:
-    engine = make_engine(base)
+@pytest.mark.parametrize("async_scheduling", ["on", "off"])
+def test_a_replay_depends_on_its_buffers_alone(base: Path, capture: FrozenCapture, async_scheduling: str) -> None:
+    engine = make_engine(base, async_scheduling=async_scheduling)
     graphs = with_graphs(engine, capture)
     assert_same(run(engine, requests()), run(make_engine(base), requests()))
     assert graphs.num_captured == len(capture.steps) > 4

@@ -152,6 +152,15 @@ def test_preempted_sequences_go_on_where_they_were(engine: Engine, make_engine: 
     }
 
 
+def test_steps_ahead_wait_for_who_follows_a_grammar(engine: Engine, make_engine: Callable[..., Engine]) -> None:
+    """The mask of a step depends on the token before it, which is not known on the host yet."""
+    before = run(engine, [*plain(), *followers()])
+    outputs = run(make_engine(async_scheduling="on"), [*plain(), *followers()])
+    assert {name: output.token_ids for name, output in outputs.items()} == {
+        name: output.token_ids for name, output in before.items()
+    }
+
+
 def test_log_probabilities_are_the_models_own(engine: Engine) -> None:
     prompt = [5, 6, 7]
     forced = run(engine, [request("x", prompt, logprobs=2, structured_outputs=outputs_of(regex="[0-9]{3}x"))])["x"]

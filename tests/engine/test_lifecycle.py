@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import random
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from perft_serve.engine import scheduler
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.engine import Engine
 from perft_serve.engine.scheduler import ChunkResult, Plan
+from perft_serve.engine.sequence import Sequence
 
 VOCAB_SIZE = 1000
 NUM_PAGES = 14
@@ -49,6 +51,15 @@ def rows_digest(rows_SD: torch.Tensor) -> str:
     return hashlib.blake2b(rows_SD.contiguous().numpy().tobytes(), digest_size=8).hexdigest()
 
 
+@dataclass
+class ArithmeticStep:
+    """A plan whose states are computed, and what comes of it."""
+
+    plan: Plan
+    tokens: dict[Sequence, int] = field(default_factory=dict)
+    computed_at: float = 0.0
+
+
 class ArithmeticRunner:
     """Stands where the engine's runner stands."""
 
@@ -61,23 +72,32 @@ class ArithmeticRunner:
         self.max_position_embeddings = None
         self.eos_token_ids = frozenset({0})
         self.base_digest = "arithmetic"
-        self.computed_at = 0.0
+        self.runs_ahead = config.async_scheduling == "on"
+        self.num_ahead = 0
         self._states: dict[tuple[int, int], bytes] = {}  # by page and place in it
 
-    def run(self, plan: Plan) -> list[ChunkResult]:
+    def launch(self, plan: Plan, after: ArithmeticStep | None = None) -> ArithmeticStep:
         assert len(set(plan.new_pages)) == len(plan.new_pages)
         for page in plan.new_pages:
             for place in range(PAGE_SIZE):
                 self._states.pop((page, place), None)
-        results = []
+        step = ArithmeticStep(plan)
+        self.num_ahead += after is not None
         for chunk in plan.chunks:
             seq = chunk.seq
             weights = BASE if seq.adapter_slot == -1 else self._weights(seq.adapter_slot)
             for position in range(chunk.start, chunk.end):
-                state = mix(self._state(seq.pages, position - 1), seq.token_ids[position], weights)
+                is_known = position < len(seq.token_ids)
+                assert is_known == (after is None)
+                token_id = seq.token_ids[position] if after is None else after.tokens[seq]
+                state = mix(self._state(seq.pages, position - 1), token_id, weights)
                 self._states[seq.pages[position // PAGE_SIZE], position % PAGE_SIZE] = state
-            results.append(ChunkResult(token_id=token(state) if chunk.samples else None))
-        return results
+            if chunk.samples:
+                step.tokens[seq] = token(state)
+        return step
+
+    def collect(self, step: ArithmeticStep) -> list[ChunkResult]:
+        return [ChunkResult(token_id=step.tokens.get(chunk.seq)) for chunk in step.plan.chunks]
 
     def _state(self, pages: list[int], position: int) -> bytes:
         return self._states[pages[position // PAGE_SIZE], position % PAGE_SIZE] if position >= 0 else b""
@@ -197,9 +217,10 @@ class Crowd:
             self.step()
 
 
+@pytest.mark.parametrize("async_scheduling", ["on", "off"])
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_is_left_and_every_token_is_right(
-    blocks: tuple[MoeBlock, ...], sources: Sources, seed: int, monkeypatch: pytest.MonkeyPatch
+    blocks: tuple[MoeBlock, ...], sources: Sources, seed: int, async_scheduling: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ArithmeticRunner, "blocks", blocks, raising=False)
     monkeypatch.setattr("perft_serve.engine.engine.Runner", ArithmeticRunner)
@@ -213,6 +234,7 @@ def test_nothing_is_left_and_every_token_is_right(
         page_size=PAGE_SIZE,
         max_num_seqs=6,
         max_num_batched_tokens=13,
+        async_scheduling=async_scheduling,
     )
     engine = Engine(config)
     crowd = Crowd(engine, sources, seed)
@@ -232,6 +254,8 @@ def test_nothing_is_left_and_every_token_is_right(
                 action()
         crowd.step()
     crowd.finish()
+    runner = cast("ArithmeticRunner", engine._runner)
+    assert (runner.num_ahead > 100) == (async_scheduling == "on"), runner.num_ahead
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (0, 0, 0)
     statuses = {(status.name, status.version): status for status in engine.adapter_updates()}

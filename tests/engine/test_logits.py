@@ -24,7 +24,7 @@ from perft_serve.engine.engine import Engine
 from perft_serve.engine.events import EngineRequest
 from perft_serve.engine.logits import LogitEditor, SequenceEdits, TokenCounts
 from perft_serve.engine.params import SamplingParams
-from perft_serve.engine.sampler import EditedRows, sample
+from perft_serve.engine.sampler import FAULTS, EditedRows, sample
 from perft_serve.engine.sequence import Sequence
 
 V = 60
@@ -173,12 +173,12 @@ def test_only_the_rows_that_ask_are_other() -> None:
     stand_in = torch.full((3, V), -torch.inf)
     stand_in[0, 17] = stand_in[1, 18] = -50.0
     params = [SamplingParams(temperature=0), SamplingParams(temperature=0), SamplingParams(top_p=0.9), SamplingParams()]
-    plain, _ = sample(rows, params, [0.3] * 4)
-    tokens, faults = sample(rows, params, [0.3] * 4, EditedRows((1, 2, 3), stand_in))
+    plain = sample(rows, params, [0.3] * 4).tolist()
+    tokens = sample(rows, params, [0.3] * 4, EditedRows((1, 2, 3), stand_in)).tolist()
     assert tokens[:3] == [plain[0], 17, 18]
-    assert faults == [None, None, None, "nothing left"]
+    assert FAULTS[tokens[3]] == "nothing left"
     rows[1, 0] = torch.nan
-    assert sample(rows, params, [0.3] * 4, EditedRows((1, 2, 3), stand_in))[1][1] == "nan"
+    assert FAULTS[sample(rows, params, [0.3] * 4, EditedRows((1, 2, 3), stand_in)).tolist()[1]] == "nan"
 
 
 # The engine

@@ -184,7 +184,7 @@ def test_an_interrupted_step_leaves_nothing_wrong_behind(
     one = request("x", [*PREFIX, 1, 2], "R-lora")
     engine.submit(one)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._runner, "run", interrupted)
+        patch.setattr(engine._runner, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     engine.abort("x")
