@@ -16,6 +16,7 @@ from perft.tasks import TASKS, record, write_jsonl
 FOLDER = Path(__file__).parents[1] / "recipes" / "small_world"
 
 
+report = load_script(FOLDER / "small_world_report.py", "small_world_report")
 run = load_script(FOLDER / "run.py", "small_world_run")
 WORLD: dict[str, Any] = run.read_world(FOLDER / "world.yaml")
 # SmolLM2-135M: 576 wide, q 576 -> 576, v 576 -> 192
@@ -125,7 +126,7 @@ def test_seeds_are_compared_with_the_base_question_by_question(tmp_path: Path) -
         line("S", 2, "11" + answers[2:]),
         line("D", 1, answers, bits=0.9),
     ]
-    base, single, dense = run.summarise(lines)
+    base, single, dense = report.summarise(lines)
     assert base.difference is None
     assert single.difference[0] == pytest.approx(0.01)  # each seed has one of a hundred more
     assert single.difference[1] == pytest.approx(0.0)
@@ -134,10 +135,14 @@ def test_seeds_are_compared_with_the_base_question_by_question(tmp_path: Path) -
     assert single.bits_difference["piqa"] == pytest.approx((0.0, 0.0, 0.0))
     assert dense.bits_difference["piqa"] == pytest.approx((-0.1, -0.1, -0.1))
     assert single.averages == [0.51, 0.51]
-    text = run.table(lines)
-    (row,) = [row for row in text.split("\n") if row.startswith("| S |")]
+    text = report.table(lines)
+    (row,) = [row for row in text.split("\n") if row.startswith("| S | 40")]
     assert "| 40 | 100 | 1.000 | 2 | 51.0 | 51.0 | 51.0 .. 51.0 | +1.0 (+0.0 .. " in row
-    run.draw(lines, tmp_path / "figure.png")
+    assert "| S | +0.100 (+0.100 .. +0.100) |" in text
+    worse = line("S", 3, answers, bits=1.3)
+    value, low, high = report.bits_between([lines[1], worse], [lines[3]])
+    assert (value, low, high) == pytest.approx((0.25, 0.1, 0.4)), "as far as the seeds are apart"
+    report.draw(lines, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
+from small_world_report import draw, table
 
 from perft.cli import main as perft
 from perft.demo_base import build_demo_base
@@ -43,9 +43,6 @@ from perft.tasks import TASKS, cloze_prompt, load_task, question_and_choices, wr
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LORA = "qvLoRA"
-NUM_RESAMPLES = 2000
-# Okabe and Ito's, which the colour-blind can tell apart
-COLOURS = {"qvLoRA": "#777777", "S": "#0072B2", "D": "#56B4E9", "R": "#D55E00", "E": "#009E73"}
 
 
 class WorldError(Exception):
@@ -467,182 +464,6 @@ def read_scores(folder: Path) -> dict[str, Any]:
         "answer_nats": nats,
         "answer_characters": characters,
     }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
-    """What the seeds of a method on a base say together.
-
-    Args:
-        lines: one a seed.
-        accuracy: by task, the mean over seeds.
-        averages: over tasks, of each seed.
-        difference: of the average from the base's, with its 95 % interval over questions; `None` of the base, or without it.
-        bits: by task, per character of the right answer, the mean over seeds.
-        bits_difference: of them from the base's, likewise.
-    """
-
-    base: str
-    method: str
-    lines: list[dict[str, Any]]
-    accuracy: dict[str, float]
-    averages: list[float]
-    difference: tuple[float, float, float] | None
-    bits: dict[str, float]
-    bits_difference: dict[str, tuple[float, float, float]]
-
-    def mean(self, *path: str) -> float:
-        """Over seeds, of what lies in a line at `path`."""
-        values = [functools.reduce(lambda found, key: found[key], path, line) for line in self.lines]
-        return float(np.mean(np.asarray(values, dtype=float)))
-
-
-def summarise(lines: Sequence[Mapping[str, Any]]) -> list[Summary]:
-    """Lines by base and method, in the order in which they come; the base's own first."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for line in lines:
-        groups.setdefault((line["base"], line["method"]), []).append(dict(line))
-    found = []
-    for (base, method), own in groups.items():
-        reference = groups.get((base, "base"))
-        found.append(
-            Summary(
-                base=base,
-                method=method,
-                lines=own,
-                accuracy={
-                    task: float(np.mean([line["tasks"][task]["accuracy"] for line in own])) for task in own[0]["tasks"]
-                },
-                averages=[line["average"]["accuracy"] for line in own],
-                difference=None if method == "base" or reference is None else _difference(own, reference[0]),
-                bits={
-                    task: float(np.mean([line["answer_bits"][task]["value"] for line in own]))
-                    for task in own[0]["answer_bits"]
-                },
-                bits_difference=(
-                    {}
-                    if method == "base" or reference is None
-                    else {task: _bits_difference(own, reference[0], task) for task in own[0]["answer_bits"]}
-                ),
-            )
-        )
-    return found
-
-
-def _difference(own: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> tuple[float, float, float]:
-    """How much better the seeds' average is than the base, question by question, and how surely: questions are resampled,
-    seeds are not."""
-    generator = np.random.default_rng(0)
-    values, draws = [], []
-    for task, answers in base["right"].items():
-        gains = np.mean([_zeros_and_ones(line["right"][task]) for line in own], axis=0) - _zeros_and_ones(answers)
-        values.append(gains.mean())
-        rows = generator.integers(len(gains), size=(NUM_RESAMPLES, len(gains)))
-        draws.append(gains[rows].mean(axis=1))
-    low, high = np.percentile(np.mean(draws, axis=0), (2.5, 97.5))
-    return float(np.mean(values)), float(low), float(high)
-
-
-def _bits_difference(
-    own: Sequence[Mapping[str, Any]], base: Mapping[str, Any], task: str
-) -> tuple[float, float, float]:
-    """As `_difference`, of the bits per character."""
-    gains = np.array(base["answer_nats"][task]) - np.mean([line["answer_nats"][task] for line in own], axis=0)
-    bits, characters = gains / np.log(2), np.array(base["answer_characters"][task])
-    rows = np.random.default_rng(0).integers(len(bits), size=(NUM_RESAMPLES, len(bits)))
-    low, high = np.percentile(bits[rows].sum(axis=1) / characters[rows].sum(axis=1), (2.5, 97.5))
-    return float(bits.sum() / characters.sum()), float(low), float(high)
-
-
-def _zeros_and_ones(answers: str) -> np.ndarray:
-    return np.array([answer == "1" for answer in answers], dtype=float)
-
-
-def table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The lines as Markdown, a table for each base."""
-    summaries = summarise(lines)
-    text = ["Written by `recipes/small_world/run.py` from `small_world.jsonl`; accuracies in per cent.", ""]
-    for base in dict.fromkeys(summary.base for summary in summaries):
-        own = [summary for summary in summaries if summary.base == base]
-        tasks = list(own[0].accuracy)
-        head = ["method", "r", "parameters", "activated, %", "seeds", *tasks, "average", "seeds from .. to"]
-        head += ["against the base (95 %)", "average, by character"]
-        head += [f"{task}, bits" for task in tasks] + ["held-out loss"]
-        text += [f"## {base}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        for each in own:
-            is_base = each.method == "base"
-            averages = [100 * value for value in each.averages]
-            row = [each.method]
-            row += ["", "", ""] if is_base else [f"{each.lines[0]['r']}", f"{each.lines[0]['trainable']:,}"]
-            row += [] if is_base else [f"{100 * each.lines[0]['efficiency']:.3f}"]
-            row += ["" if is_base else str(len(each.lines)), *(f"{100 * each.accuracy[task]:.1f}" for task in tasks)]
-            row += [f"{np.mean(averages):.1f}", "" if is_base else f"{min(averages):.1f} .. {max(averages):.1f}"]
-            row += [
-                "" if each.difference is None else "{:+.1f} ({:+.1f} .. {:+.1f})".format(*_percent(each.difference)),
-                f"{100 * each.mean('average_norm', 'accuracy'):.1f}",
-                *(
-                    f"{each.bits[task]:.3f}"
-                    + ("" if is_base else "; {:+.3f} ({:+.3f} .. {:+.3f})".format(*each.bits_difference[task]))
-                    for task in tasks
-                ),
-                "" if is_base else f"{each.mean('train', 'held_out_loss'):.3f}",
-            ]
-            text.append(f"| {' | '.join(row)} |")
-        text.append("")
-    return "\n".join(text)
-
-
-def _shifts(count: int) -> list[float]:
-    """Places of seeds beside each other."""
-    return [0.0] if count < 2 else [float(shift) for shift in np.linspace(-0.18, 0.18, count)]
-
-
-def _percent(values: Sequence[float]) -> list[float]:
-    return [100 * value for value in values]
-
-
-def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The paper's figure 4 at one activated-parameter efficiency: what would be one x for all is a place for each method. A
-    dot is a seed, its bar the 95 % interval over questions; the dashed line is the base, the band its interval. Beside it the
-    bits per character of the right answers, by task."""
-    from matplotlib.figure import Figure
-
-    summaries = summarise(lines)
-    bases = list(dict.fromkeys(summary.base for summary in summaries))
-    tasks = list(summaries[0].accuracy)
-    figure = Figure(figsize=(4.0 + 3.6 * len(tasks), 3.7 * len(bases)), layout="constrained")
-    axes = figure.subplots(
-        len(bases), 1 + len(tasks), squeeze=False, gridspec_kw={"width_ratios": [1.5] + [1] * len(tasks)}
-    )
-    for (left, *others), base in zip(axes, bases, strict=True):
-        methods = [summary for summary in summaries if summary.base == base and summary.method != "base"]
-        reference = next((each for each in summaries if each.base == base and each.method == "base"), None)
-        if reference is not None:
-            score = reference.lines[0]["average"]
-            left.axhline(100 * score["accuracy"], color="#333333", linestyle="--", linewidth=1)
-            left.axhspan(100 * score["low"], 100 * score["high"], color="#333333", alpha=0.07, linewidth=0)
-            for axis, task in zip(others, tasks, strict=True):
-                axis.axhline(reference.bits[task], color="#333333", linestyle="--", linewidth=1)
-        for place, summary in enumerate(methods):
-            colour = COLOURS.get(summary.method, "#000000")
-            for shift, line in zip(_shifts(len(summary.lines)), summary.lines, strict=True):
-                score = line["average"]
-                left.plot([place + shift] * 2, [100 * score["low"], 100 * score["high"]], color=colour, alpha=0.4)
-                left.plot([place + shift], [100 * score["accuracy"]], "o", color=colour)
-                for axis, task in zip(others, tasks, strict=True):
-                    axis.plot([place + shift], [line["answer_bits"][task]["value"]], "o", color=colour)
-        for axis in (left, *others):
-            axis.set_xticks(range(len(methods)), [summary.method for summary in methods])
-            axis.set_xlim(-0.6, max(len(methods), 1) - 0.4)
-            axis.grid(alpha=0.25, axis="y")
-            axis.tick_params(labelsize=9)
-        shares = [100 * summary.lines[0]["efficiency"] for summary in methods]
-        alike = bool(shares) and max(shares) - min(shares) < 5e-4
-        left.set_title(f"{base}, activated {f'{shares[0]:.3f} %' if alike else 'as in the table'}", fontsize=10)
-        left.set_ylabel(f"accuracy, %, average of {' and '.join(tasks)}", fontsize=9)
-        for axis, task in zip(others, tasks, strict=True):
-            axis.set_title(f"{task}, bits per character", fontsize=10)
-    figure.savefig(path, dpi=130)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
