@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -447,7 +448,8 @@ def test_streaming_a_hub_data_set_needs_its_commit(recipe: Callable[..., TrainCo
 def test_two_processes_have_the_loss_curve_of_one(
     way: tuple[str, ...], recipe: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    """`accelerate launch` on two gloo processes with half the batch each, accumulating, equals one process."""
+    """`accelerate launch` on two gloo processes with half the batch each, accumulating, equals one process; and it resumes
+    to the very bits of no interruption."""
     adapter = PerftConfig(num_experts=3, top_k=2, r=4, router_aux_loss_coef=0.0)
     changes: dict[str, Any] = {"eval_split": 2, "eval_steps": 3, "max_steps": 5, "gradient_accumulation": 2}
     alone = recipe(output=str(tmp_path / "alone"), batch_size=2, **changes)
@@ -460,17 +462,28 @@ def test_two_processes_have_the_loss_curve_of_one(
         *("--module", "perft.cli", "train", "--config", str(tmp_path / "recipe.yaml")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr
+
+    def launch(*more: str) -> dict[str, torch.Tensor]:
+        done = subprocess.run(
+            [*command, *more], env=environment, capture_output=True, text=True, timeout=110, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return load_file(tmp_path / "shared" / "adapter_model.safetensors")
+
+    finished = launch()
     record = json.loads((tmp_path / "shared" / "perft_training.json").read_text())
     assert record["outcome"]["processes"] == 2
     for key in ("loss", "eval_loss", "grad_norm"):
         curves = [[entry[key] for entry in log_of(tmp_path / n) if key in entry] for n in ("alone", "shared")]
         assert len(curves[0]) == len(curves[1]) > 0
         assert curves[0] == pytest.approx(curves[1], rel=1e-4), key
-    one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("alone", "shared"))
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=0)
+    for name, tensor in load_file(tmp_path / "alone" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, finished[name], atol=1e-5, rtol=0)
+    shutil.rmtree(tmp_path / "shared" / "checkpoints" / "checkpoint-5")
+    (tmp_path / "shared" / "adapter_model.safetensors").unlink()
+    resumed = launch("--resume")
+    assert json.loads((tmp_path / "shared" / "perft_training.json").read_text())["outcome"]["resumed"]
+    assert all(torch.equal(resumed[name], finished[name]) for name in finished)
 
 
 def test_one_process_trains_on_one_gpu(recipe: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
