@@ -346,8 +346,8 @@ def harness_table(found: Mapping[str, Any]) -> Table:
     table = Table("task", "metric", *found, title="lm-evaluation-harness (+- standard error)")
     for task, metrics in next(iter(found.values()))["results"].items():
         for metric in metrics:
-            name, _, filtered = metric.partition(",")
-            if metric == "alias" or name.endswith("_stderr"):
+            name, comma, filtered = metric.partition(",")
+            if not comma or name.endswith("_stderr"):  # what has no filter is the task's name, or how many were asked
                 continue
             cells = []
             for each in found.values():

@@ -19,6 +19,7 @@ from perft.tasks import TASKS, load_task, prompt, record, write_jsonl
 from perft_serve import LLM
 from perft_serve.beam import beam_search
 from perft_serve.engine.params import RequestError
+from perft_serve.eval_command import harness_table
 from perft_serve.evaluation import EvalSettings, draw, evaluate
 
 NUM_PIQA = 7
@@ -263,3 +264,25 @@ def test_the_command(
 def test_arguments_that_do_not_fit(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_harness_table_has_metrics_only() -> None:
+    """Of what lm-evaluation-harness says of a task: each metric with its filter and error, and nothing else it says."""
+    found = {
+        name: {
+            "results": {
+                "t": {
+                    **{"name": "t", "alias": " - t", "sample_len": 8},
+                    **{"acc,none": accuracy, "acc_stderr,none": 0.125, "em,strict": 1, "em_stderr,strict": "N/A"},
+                }
+            }
+        }
+        for name, accuracy in (("base", 0.25), ("mine", 0.75))
+    }
+    table = harness_table(found)
+    assert [list(column.cells) for column in table.columns] == [
+        ["t", "t"],
+        ["acc", "em (strict)"],
+        ["0.2500 +-0.1250", "1.0000"],
+        ["0.7500 +-0.1250", "1.0000"],
+    ]

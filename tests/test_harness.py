@@ -176,7 +176,8 @@ def test_the_command(
         str(task_folder),
     ]
     assert main([*arguments, "--limit", "3", "--output", str(tmp_path / "out")]) == 0
-    assert "tiny_choice" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert [line.split()[3] for line in table.splitlines() if "tiny_choice" in line] == ["acc"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["lm_eval"].keys() == {"base", "a"}
     assert 0 <= results["lm_eval"]["a"]["results"]["tiny_choice"]["acc,none"] <= 1
