@@ -272,8 +272,13 @@ def test_the_harness_table_has_metrics_only() -> None:
         name: {
             "results": {
                 "t": {
-                    **{"name": "t", "alias": " - t", "sample_len": 8},
-                    **{"acc,none": accuracy, "acc_stderr,none": 0.125, "em,strict": 1, "em_stderr,strict": "N/A"},
+                    "name": "t",
+                    "alias": " - t",
+                    "sample_len": 8,
+                    "acc,none": accuracy,
+                    "acc_stderr,none": 0.125,
+                    "em,strict": 1,
+                    "em_stderr,strict": "N/A",
                 }
             }
         }
