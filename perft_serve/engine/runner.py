@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import abc
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -40,6 +41,7 @@ from perft_serve.engine.sampler import FAULTS, EditedRows, Fault, Scores, sample
 from perft_serve.engine.scheduler import Chunk, ChunkResult, Plan
 from perft_serve.engine.seam import KvCache, Seam, install
 from perft_serve.engine.sequence import Sequence
+from perft_serve.engine.transfer import to_device
 
 # these choose rotary frequencies by the longest sequence of a batch, so a request would depend on its neighbours
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -170,7 +172,7 @@ class Runner:
         batch = build_batch(plan, self._page_size)
         if after is not None:
             place = {seq: i for i, seq in enumerate(after.sampled)}
-            rows = torch.tensor([place[chunk.seq] for chunk in plan.chunks], device=self.device)
+            rows = self._indices([place[chunk.seq] for chunk in plan.chunks])
             batch = replace(
                 batch, tokens_T=after.tokens_S[rows].clamp(min=0)
             )  # what follows a fault is of no use to anybody
@@ -184,7 +186,7 @@ class Runner:
         routes = None
         if logits_NV is None:
             # a chunk in the middle of a prompt needs no logits, but the model computes at least one row
-            rows = torch.tensor(batch.logit_rows or (0,), device=self.device)
+            rows = self._indices(batch.logit_rows or (0,))
             routes = self._seam.routes = self.balances.begin(batch)
             try:
                 logits_NV = self._forward(batch.to(self.device), rows)
@@ -272,8 +274,8 @@ class Runner:
             step.prompt_logprobs = score(rows_NV, self._indices(following), num_top)
         return step
 
-    def _indices(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def _indices(self, values: abc.Sequence[int]) -> Tensor:
+        return to_device(values, torch.int64, self.device)
 
     def _sample(
         self,

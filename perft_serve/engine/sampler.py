@@ -18,6 +18,7 @@ from torch import Tensor
 from perft_kernels.argmax import argmax
 from perft_serve.engine.events import TokenLogprobs
 from perft_serve.engine.params import SamplingParams
+from perft_serve.engine.transfer import to_device
 
 Fault: TypeAlias = Literal["nan", "nothing left"]
 
@@ -67,19 +68,20 @@ def sample(
         likeliest_R = argmax(edited.logits_RV)
         most_R = edited.logits_RV.gather(1, likeliest_R.clamp(min=0).unsqueeze(1)).squeeze(1)
         likeliest_R = torch.where(most_R == -math.inf, -2, likeliest_R)
-        tokens_B = best_B.index_copy(0, torch.tensor(edited.rows, device=best_B.device), likeliest_R)
+        tokens_B = best_B.index_copy(0, to_device(edited.rows, torch.int64, best_B.device), likeliest_R)
     likeliest_B = tokens_B
     sampled = [i for i, p in enumerate(params) if not p.greedy]
     for choose, is_filtered in ((_from_all, False), (_from_likeliest, True)):
         rows = [i for i in sampled if _is_filtered(params[i]) == is_filtered]
         if rows:
             temperature_B1 = _column([params[i].temperature for i in rows], logits_BV)
-            some_BV = logits_BV[rows]  # a copy
+            rows_B = to_device(rows, torch.int64, logits_BV.device)
+            some_BV = logits_BV[rows_B]  # a copy
             if edited is not None and (changed := [b for b, i in enumerate(rows) if i in place]):
                 some_BV[changed] = edited.logits_RV[[place[rows[b]] for b in changed]]
             probs_BV = torch.softmax(some_BV.double() / temperature_B1, dim=-1)
             chosen_B = choose(probs_BV, [params[i] for i in rows], _column([draws[i] for i in rows], logits_BV))
-            tokens_B = tokens_B.index_copy(0, torch.tensor(rows, device=tokens_B.device), chosen_B)
+            tokens_B = tokens_B.index_copy(0, rows_B, chosen_B)
     return torch.where(best_B < 0, best_B, torch.where(likeliest_B < 0, likeliest_B, tokens_B))
 
 
@@ -88,7 +90,7 @@ def _is_filtered(params: SamplingParams) -> bool:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device).unsqueeze(1)
+    return to_device(values, torch.float64, like.device).unsqueeze(1)
 
 
 def _from_all(probs_BV: Tensor, params: Sequence[SamplingParams], draws_B1: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from perft_kernels.paged_attention import kv_write, paged_attention
 from perft_kernels.routed_units import routed_units
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch
+from perft_serve.engine.transfer import to_device
 
 PAGED_ATTENTION = "perft_paged"
 # keyword arguments of attention calls that change nothing for a decoder in inference
@@ -73,7 +74,7 @@ class KvCache:
         """Zero pages that change hands: what a former holder left there, NaN included, must not reach the next."""
         if not pages:
             return
-        index = torch.tensor(pages, device=self._pools[0].device)
+        index = to_device(pages, torch.int64, self._pools[0].device)
         for pool in self._pools:
             pool.index_fill_(1, index, 0)
 
@@ -167,7 +168,7 @@ class Seam:
             batch.width,
         )
         if batch.routed_rows:
-            rows = torch.tensor(batch.routed_rows, device=ids_TX.device)
+            rows = to_device(batch.routed_rows, torch.int64, ids_TX.device)
             self.routed[ordinal] = (ids_TX[rows], weights_TX[rows])
         if self.routes is not None:
             self.routes.append((ordinal, ids_TX))

@@ -76,6 +76,28 @@ def test_the_same_comes_out(
     assert (engine.stats().num_preemptions > 0) == (pages == 40)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks whether the host waits for a GPU")
+def test_launching_ahead_waits_for_nothing(mixtral: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once all sizes are captured: torch raises if a launch makes the host wait."""
+    engine = mixtral.engine(async_scheduling="on", prefix_caching="off")
+    want = run(engine, mixed())
+    launch = engine._runner.launch
+    num_ahead = 0
+
+    def watched(plan: Plan, after: Step | None = None) -> Step:
+        nonlocal num_ahead
+        num_ahead += after is not None
+        torch.cuda.set_sync_debug_mode("error" if after is not None else "default")
+        try:
+            return launch(plan, after)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine._runner, "launch", watched)
+    assert_same(run(engine, mixed()), want)
+    assert num_ahead > 10
+
+
 def test_an_end_that_is_seen_late(mixtral: Served) -> None:
     """What was computed beyond a stop token is dropped, and found by nobody: the pages are somebody else's, the next token
     is another one."""
