@@ -41,7 +41,7 @@ from perft_serve.engine.sampler import FAULTS, EditedRows, Fault, Scores, sample
 from perft_serve.engine.scheduler import Chunk, ChunkResult, Plan
 from perft_serve.engine.seam import KvCache, Seam, install
 from perft_serve.engine.sequence import Sequence
-from perft_serve.engine.transfer import to_device
+from perft_serve.engine.transfer import to_device, to_host
 
 # these choose rotary frequencies by the longest sequence of a batch, so a request would depend on its neighbours
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -52,13 +52,14 @@ Masks: TypeAlias = "tuple[list[Sequence], Future[Tensor]]"
 
 @dataclass(kw_only=True, slots=True)
 class Step:
-    """A plan that has been launched. Its tensors belong to it, and may be on their way.
+    """A plan that has been launched. Its tensors belong to it. What the host is to read is on its way there, and has come when
+    `copied` has happened; `copied` is `None` where there is nothing to wait for.
 
     Args:
         plan: what is computed.
         sampled: the sequences that get a token, in the plan's order.
         tokens_S: what is chosen for each of them, on the device; `FAULTS` if nothing can be.
-        told_S: the same in host memory, once `copied` has happened; `copied` is `None` where there is nothing to wait for.
+        told_S: the same in host memory.
         computed_at: when the logits were there, or (on a GPU) on their way (`time.monotonic()`).
         logprobs: of the tokens of the sequences `sampled[i]` for i in `with_logprobs`.
         prompt_logprobs: of the prompt tokens that follow those in `Chunk.scored`, one sequence after the other.
@@ -71,19 +72,12 @@ class Step:
     sampled: list[Sequence]
     tokens_S: Tensor
     told_S: Tensor
-    copied: torch.cuda.Event | None = None
     with_logprobs: list[int]
     logprobs: Scores | None = None
     prompt_logprobs: Scores | None = None
+    copied: torch.cuda.Event | None = None
     routes: list[tuple[int, Tensor]] | None = None
     routing: tuple[Tensor, Tensor] | None = None
-
-    def read(self) -> list[int]:
-        """What was chosen for each of `sampled`; waits for it."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        tokens: list[int] = self.told_S.tolist()
-        return tokens
 
 
 class Runner:
@@ -173,9 +167,8 @@ class Runner:
         if after is not None:
             place = {seq: i for i, seq in enumerate(after.sampled)}
             rows = self._indices([place[chunk.seq] for chunk in plan.chunks])
-            batch = replace(
-                batch, tokens_T=after.tokens_S[rows].clamp(min=0)
-            )  # what follows a fault is of no use to anybody
+            tokens_T = after.tokens_S[rows].clamp(min=0)  # what follows a fault is of no use to anybody
+            batch = replace(batch, tokens_T=tokens_T)
         # what is computed on the way of a recorded step, nobody sees
         programs = None if batch.routed_rows else self._programs
         if isinstance(programs, DecodePrograms) and all(chunk.seq.takes_likeliest for chunk in plan.chunks):
@@ -193,6 +186,9 @@ class Runner:
             finally:
                 self._seam.routes = None
         step = self._sampled(plan, logits_NV, masks)
+        if self.device.type == "cuda":
+            step.copied = torch.cuda.Event()
+            step.copied.record()
         step.routes = routes
         if batch.routed_rows:
             step.routing = self._take_routing()
@@ -200,19 +196,12 @@ class Runner:
 
     def _step(self, plan: Plan, sampled: list[Sequence], tokens_S: Tensor, computed_at: float) -> Step:
         """A launched step, and its tokens on their way to the host."""
-        told_S, copied = tokens_S, None
-        if self.device.type == "cuda":
-            told_S = torch.empty(tokens_S.shape, dtype=tokens_S.dtype, pin_memory=True)
-            told_S.copy_(tokens_S, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
         return Step(
             plan=plan,
             computed_at=computed_at,
             sampled=sampled,
             tokens_S=tokens_S,
-            told_S=told_S,
-            copied=copied,
+            told_S=to_host(tokens_S),
             with_logprobs=[i for i, seq in enumerate(sampled) if seq.request.params.logprobs is not None],
         )
 
@@ -271,7 +260,7 @@ class Runner:
         step = self._sample(plan, sampled, logits_NV, masks, computed_at)
         if scored:
             rows_NV = logits_NV if scored == list(range(len(logits_NV))) else logits_NV[self._indices(scored)]
-            step.prompt_logprobs = score(rows_NV, self._indices(following), num_top)
+            step.prompt_logprobs = score(rows_NV, self._indices(following), num_top).to_host()
         return step
 
     def _indices(self, values: abc.Sequence[int]) -> Tensor:
@@ -298,13 +287,15 @@ class Runner:
         if step.with_logprobs:
             wanted = self._indices(step.with_logprobs)
             num_top = [seqs[i].request.params.logprobs or 0 for i in step.with_logprobs]
-            step.logprobs = score(logits_SV[wanted], tokens_S[wanted], num_top)
+            step.logprobs = score(logits_SV[wanted], tokens_S[wanted], num_top).to_host()
         return step
 
     @torch.inference_mode()
     def collect(self, step: Step) -> list[ChunkResult]:
         """What has come of a launched step; waits until it is there."""
-        tokens = step.read()
+        if step.copied is not None:
+            step.copied.synchronize()
+        tokens = step.told_S.tolist()
         logprobs = dict(zip(step.with_logprobs, step.logprobs.read(), strict=True)) if step.logprobs else {}
         found = {
             seq: ChunkResult(token_id=token, logprobs=logprobs.get(i)) if token >= 0 else _faulty(seq, FAULTS[token])

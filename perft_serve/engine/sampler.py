@@ -18,7 +18,7 @@ from torch import Tensor
 from perft_kernels.argmax import argmax
 from perft_serve.engine.events import TokenLogprobs
 from perft_serve.engine.params import SamplingParams
-from perft_serve.engine.transfer import to_device
+from perft_serve.engine.transfer import to_device, to_host
 
 Fault: TypeAlias = Literal["nan", "nothing left"]
 
@@ -122,7 +122,7 @@ def _invert(probs_BV: Tensor, draws_B1: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probabilities that may still be on the device, or on their way there.
+    """Log-probabilities in tensors: on the device, or on their way to the host.
 
     Args:
         tokens_N: the token that each row tells of.
@@ -138,6 +138,17 @@ class Scores:
     top_ids_NK: Tensor
     top_NK: Tensor
     num_top: tuple[int, ...]
+
+    def to_host(self) -> Scores:
+        """The same in host memory, once what was launched so far is done."""
+        return Scores(
+            tokens_N=to_host(self.tokens_N),
+            chosen_N=to_host(self.chosen_N),
+            rank_N=to_host(self.rank_N),
+            top_ids_NK=to_host(self.top_ids_NK),
+            top_NK=to_host(self.top_NK),
+            num_top=self.num_top,
+        )
 
     def read(self) -> list[TokenLogprobs]:
         """Each row's."""
