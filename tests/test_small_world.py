@@ -139,8 +139,9 @@ def test_seeds_are_compared_with_the_base_question_by_question(tmp_path: Path) -
     (row,) = [row for row in text.split("\n") if row.startswith("| S | 40")]
     assert "| 40 | 100 | 1.000 | 2 | 51.0 | 51.0 | 51.0 .. 51.0 | +1.0 (+0.0 .. " in row
     assert "| S | +0.100 (+0.100 .. +0.100) |" in text
+    assert "| S | +1.0 (+0.0 .. " in text
     worse = line("S", 3, answers, bits=1.3)
-    value, low, high = report.bits_between([lines[1], worse], [lines[3]])
+    value, low, high = report.between([lines[1], worse], [lines[3]], report.bits)
     assert (value, low, high) == pytest.approx((0.25, 0.1, 0.4)), "as far as the seeds are apart"
     report.draw(lines, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -100,22 +100,38 @@ def _bits_difference(
     return float(bits.sum() / characters.sum()), float(low), float(high)
 
 
-def bits_between(own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    """How many bits per character more one method's right answers take than another's, averaged over tasks: the mean over
-    seeds, and its 95 % interval, for which both questions and seeds are resampled."""
+Measure: TypeAlias = "Callable[[Mapping[str, Any], str], tuple[np.ndarray, np.ndarray]]"
+
+
+def accuracy(line: Mapping[str, Any], task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each question: 100 if the answer was right, and its weight."""
+    right = _zeros_and_ones(line["right"][task])
+    return 100 * right, np.ones_like(right)
+
+
+def bits(line: Mapping[str, Any], task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each question: the right answer's bits, and its characters."""
+    return -np.array(line["answer_nats"][task]) / np.log(2), np.array(line["answer_characters"][task], dtype=float)
+
+
+def between(
+    own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], measure: Measure
+) -> tuple[float, float, float]:
+    """How much more one method has than another, averaged over tasks: the mean over seeds, and its 95 % interval, for which
+    both questions and seeds are resampled."""
     generator = np.random.default_rng(0)
     draws = np.zeros(NUM_RESAMPLES)
     value = 0.0
     picks = [generator.integers(len(lines), size=(NUM_RESAMPLES, len(lines))) for lines in (own, other)]
-    tasks = own[0]["answer_nats"]
+    tasks = own[0]["right"]
     for task in tasks:
-        nats = [np.array([line["answer_nats"][task] for line in lines]) for lines in (own, other)]
-        characters = np.array(own[0]["answer_characters"][task]) * np.log(2)
-        value += (nats[1].mean(axis=0) - nats[0].mean(axis=0)).sum() / characters.sum() / len(tasks)
-        rows = generator.integers(len(characters), size=(NUM_RESAMPLES, len(characters)))
+        mine, its = (np.array([measure(line, task)[0] for line in lines]) for lines in (own, other))
+        weights = measure(own[0], task)[1]
+        value += (mine.mean(axis=0) - its.mean(axis=0)).sum() / weights.sum() / len(tasks)
+        rows = generator.integers(len(weights), size=(NUM_RESAMPLES, len(weights)))
         for i, row in enumerate(rows):
-            mine, its = (each[pick[i]].mean(axis=0)[row] for each, pick in zip(nats, picks, strict=True))
-            draws[i] += (its - mine).sum() / characters[row].sum() / len(tasks)
+            difference = mine[picks[0][i]].mean(axis=0) - its[picks[1][i]].mean(axis=0)
+            draws[i] += difference[row].sum() / weights[row].sum() / len(tasks)
     low, high = np.percentile(draws, (2.5, 97.5))
     return float(value), float(low), float(high)
 
@@ -154,26 +170,28 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
                 "" if is_base else f"{each.mean('train', 'held_out_loss'):.3f}",
             ]
             text.append(f"| {' | '.join(row)} |")
-        text += ["", *_pairs([each for each in own if each.method != "base"]), ""]
+        trained = [each for each in own if each.method != "base"]
+        text += ["", *_pairs(trained, "Accuracy in points", accuracy, "+.1f")]
+        text += _pairs(trained, "Bits per character", bits, "+.3f")
     return "\n".join(text)
 
 
-def _pairs(summaries: Sequence[Summary]) -> list[str]:
+def _pairs(summaries: Sequence[Summary], title: str, measure: Measure, form: str) -> list[str]:
     """Every method against every other, as lines of Markdown."""
     names = [each.method for each in summaries]
     text = [
-        "Bits per character, average of the tasks: the row's less the column's (95 % over questions and seeds).",
+        f"{title}, average of the tasks: the row's less the column's (95 % over questions and seeds).",
         "",
         f"| | {' | '.join(names[1:])} |",
         f"|{'---|' * len(names)}",
     ]
     for i, one in enumerate(summaries[:-1]):
         cells = [""] * i
-        cells += [
-            "{:+.3f} ({:+.3f} .. {:+.3f})".format(*bits_between(one.lines, other.lines)) for other in summaries[i + 1 :]
-        ]
+        for other in summaries[i + 1 :]:
+            value, low, high = (format(number, form) for number in between(one.lines, other.lines, measure))
+            cells.append(f"{value} ({low} .. {high})")
         text.append(f"| {one.method} | {' | '.join(cells)} |")
-    return text if len(names) > 1 else []
+    return [*text, ""] if len(names) > 1 else []
 
 
 def _shifts(count: int) -> list[float]:
