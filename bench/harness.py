@@ -22,7 +22,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
@@ -478,7 +477,10 @@ def print_table(series: Mapping[str, Series]) -> None:
 
 def surroundings(load: float) -> dict[str, Any]:
     """Where the run took place: device, versions, commit, and what else kept the machine busy (`load`) before it."""
-    import torch  # for its version and device; the client itself needs no tensors
+    # for versions and device; the client itself needs no tensors
+    import torch
+
+    from perft.provenance import package_versions  # also where the project runs without being installed
 
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -487,7 +489,6 @@ def surroundings(load: float) -> dict[str, Any]:
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    packages = ("perft-serve", "torch", "transformers", "peft")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -495,7 +496,7 @@ def surroundings(load: float) -> dict[str, Any]:
         "cores": num_cores(),
         "load_before": round(load, 2),
         "torch_threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": package_versions(),
         "commit": commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else ""),
     }
 
