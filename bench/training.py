@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import gc
 import io
-import json
 import os
 import tempfile
 import time
@@ -43,6 +42,8 @@ from transformers import PreTrainedModel
 from perft.base import load_base
 from perft.config import PerftConfig
 from perft.fleet import train_many
+from perft.lora import LoraRecipe
+from perft.provenance import read_record
 from perft.recipe import TrainConfig
 from perft.train import train
 
@@ -123,7 +124,7 @@ def lora_like(config: PerftConfig, base: PreTrainedModel) -> LoraConfig:
         for projection in ("q_proj", "v_proj")
     )
     rank = max(1, round(activated / per_rank))
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return LoraRecipe(r=rank).to_peft(base)
 
 
 def step(options: argparse.Namespace) -> dict[str, Any]:
@@ -152,8 +153,8 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     for group in groups:
         ways |= {name: recipes[name]() for name in group}
         generator = torch.Generator().manual_seed(1)
+        vocab_size = ways[group[0]].model.get_input_embeddings().weight.shape[0]
         for _ in range(options.steps + 1):
-            vocab_size = next(iter(ways.values())).model.get_input_embeddings().weight.shape[0]
             ids_BT = torch.randint(vocab_size, (options.batch, options.length), generator=generator).to(device)
             for name in group:
                 ways[name].step(ids_BT)
@@ -228,8 +229,9 @@ def fleet(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _last_loss(folder: Path) -> float:
-    lines = (folder / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
-    return float([entry["loss"] for entry in map(json.loads, lines) if "loss" in entry][-1])
+    record = read_record(folder)
+    assert record is not None
+    return float(record["outcome"]["metrics"]["loss"])
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"step": step, "fleet": fleet}

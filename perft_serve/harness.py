@@ -87,7 +87,7 @@ class EngineLM(TemplateLM):
             SamplingParams(
                 max_tokens=0,
                 prompt_logprobs=1,
-                prompt_logprobs_start=min(len(prompt) - len(continuation), len(prompt) - 1),
+                prompt_logprobs_start=len(prompt) - max(1, len(continuation)),
                 temperature=0.0,
             )
             for prompt, (_, _, continuation) in zip(prompts, requests, strict=True)

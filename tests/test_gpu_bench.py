@@ -8,20 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scripts import run_script
+
 ROOT = Path(__file__).parents[1]
 PARTS = ("tokens", "bits", "base", "adapters", "registered", "prefill", "experts")
 
 
 def test_every_part_runs(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu" / "step.py"), *PARTS, "--tiny", "--results", str(results)],
-        env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    arguments = (*PARTS, "--tiny", "--results", str(results))
+    printed = run_script(ROOT / "bench" / "gpu" / "step.py", *arguments, environ={"TRITON_INTERPRET": "0"})
     [line] = results.read_text().splitlines()
     found = json.loads(line)["parts"]
     assert tuple(found) == PARTS
@@ -35,7 +31,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
     }.items():
         for name in names:
             assert found[part][name] > 0, name
-            assert f"{name} " in run.stdout
+            assert f"{name} " in printed
 
 
 def test_unknown_arguments_are_refused() -> None:

@@ -259,9 +259,13 @@ class Runner:
                 row += 1
         step = self._sample(plan, sampled, logits_NV, masks, computed_at)
         if scored:
-            rows_NV = logits_NV if scored == list(range(len(logits_NV))) else logits_NV[self._indices(scored)]
-            step.prompt_logprobs = score(rows_NV, self._indices(following), num_top).to_host()
+            scored_NV = self._rows(logits_NV, scored)
+            step.prompt_logprobs = score(scored_NV, self._indices(following), num_top).to_host()
         return step
+
+    def _rows(self, logits_NV: Tensor, rows: list[int]) -> Tensor:
+        """Some rows of the logits; no copy where they are all of them."""
+        return logits_NV if rows == list(range(len(logits_NV))) else logits_NV[self._indices(rows)]
 
     def _indices(self, values: abc.Sequence[int]) -> Tensor:
         return to_device(values, torch.int64, self.device)
@@ -277,8 +281,7 @@ class Runner:
         """Chooses a token for each chunk that gets one."""
         if not sampled:
             return self._step(plan, [], self._indices([]), computed_at)
-        rows = [row for _, row in sampled]
-        logits_SV = logits_NV if rows == list(range(len(logits_NV))) else logits_NV[self._indices(rows)]
+        logits_SV = self._rows(logits_NV, [row for _, row in sampled])
         seqs = [chunk.seq for chunk, _ in sampled]
         draws = [uniform(chunk.seq.seed, chunk.seq.request.choice, chunk.end) for chunk, _ in sampled]
         edited = self._edited(seqs, logits_SV, masks)

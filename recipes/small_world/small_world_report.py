@@ -60,7 +60,9 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> list[Summary]:
                     task: float(np.mean([line["tasks"][task]["accuracy"] for line in own])) for task in own[0]["tasks"]
                 },
                 averages=[line["average"]["accuracy"] for line in own],
-                difference=None if method == "base" or reference is None else _difference(own, reference[0]),
+                difference=None
+                if method == "base" or reference is None
+                else between(own, reference, accuracy, resample_seeds=False),
                 bits={
                     task: float(np.mean([line["answer_bits"][task]["value"] for line in own]))
                     for task in own[0]["answer_bits"]
@@ -68,45 +70,23 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> list[Summary]:
                 bits_difference=(
                     {}
                     if method == "base" or reference is None
-                    else {task: _bits_difference(own, reference[0], task) for task in own[0]["answer_bits"]}
+                    else {
+                        task: between(own, reference, bits, [task], resample_seeds=False)
+                        for task in own[0]["answer_bits"]
+                    }
                 ),
             )
         )
     return found
 
 
-def _difference(own: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> tuple[float, float, float]:
-    """How much better the seeds' average is than the base, question by question, and how surely: questions are resampled,
-    seeds are not."""
-    generator = np.random.default_rng(0)
-    values, draws = [], []
-    for task, answers in base["right"].items():
-        gains = np.mean([_zeros_and_ones(line["right"][task]) for line in own], axis=0) - _zeros_and_ones(answers)
-        values.append(gains.mean())
-        rows = generator.integers(len(gains), size=(NUM_RESAMPLES, len(gains)))
-        draws.append(gains[rows].mean(axis=1))
-    low, high = np.percentile(np.mean(draws, axis=0), (2.5, 97.5))
-    return float(np.mean(values)), float(low), float(high)
-
-
-def _bits_difference(
-    own: Sequence[Mapping[str, Any]], base: Mapping[str, Any], task: str
-) -> tuple[float, float, float]:
-    """As `_difference`, of the bits per character."""
-    gains = np.array(base["answer_nats"][task]) - np.mean([line["answer_nats"][task] for line in own], axis=0)
-    bits, characters = gains / np.log(2), np.array(base["answer_characters"][task])
-    rows = np.random.default_rng(0).integers(len(bits), size=(NUM_RESAMPLES, len(bits)))
-    low, high = np.percentile(bits[rows].sum(axis=1) / characters[rows].sum(axis=1), (2.5, 97.5))
-    return float(bits.sum() / characters.sum()), float(low), float(high)
-
-
 Measure: TypeAlias = "Callable[[Mapping[str, Any], str], tuple[np.ndarray, np.ndarray]]"
 
 
 def accuracy(line: Mapping[str, Any], task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of each question: 100 if the answer was right, and its weight."""
-    right = _zeros_and_ones(line["right"][task])
-    return 100 * right, np.ones_like(right)
+    """Of each question: 1 if the answer was right, and its weight."""
+    right = np.array([answer == "1" for answer in line["right"][task]], dtype=float)
+    return right, np.ones_like(right)
 
 
 def bits(line: Mapping[str, Any], task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -115,15 +95,25 @@ def bits(line: Mapping[str, Any], task: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def between(
-    own: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], measure: Measure
+    own: Sequence[Mapping[str, Any]],
+    other: Sequence[Mapping[str, Any]],
+    measure: Measure,
+    tasks: Sequence[str] | None = None,
+    *,
+    resample_seeds: bool = True,
 ) -> tuple[float, float, float]:
-    """How much more one method has than another, averaged over tasks: the mean over seeds, and its 95 % interval, for which
-    both questions and seeds are resampled."""
+    """How much more one method has than another, question by question, averaged over tasks (default: all): the mean over
+    seeds, and its 95 % interval, for which questions are resampled, and seeds unless told otherwise."""
     generator = np.random.default_rng(0)
     draws = np.zeros(NUM_RESAMPLES)
     value = 0.0
-    picks = [generator.integers(len(lines), size=(NUM_RESAMPLES, len(lines))) for lines in (own, other)]
-    tasks = own[0]["right"]
+    picks = [
+        generator.integers(len(lines), size=(NUM_RESAMPLES, len(lines)))
+        if resample_seeds
+        else np.tile(np.arange(len(lines)), (NUM_RESAMPLES, 1))
+        for lines in (own, other)
+    ]
+    tasks = list(own[0]["right"]) if tasks is None else tasks
     for task in tasks:
         mine, its = (np.array([measure(line, task)[0] for line in lines]) for lines in (own, other))
         weights = measure(own[0], task)[1]
@@ -134,10 +124,6 @@ def between(
             draws[i] += difference[row].sum() / weights[row].sum() / len(tasks)
     low, high = np.percentile(draws, (2.5, 97.5))
     return float(value), float(low), float(high)
-
-
-def _zeros_and_ones(answers: str) -> np.ndarray:
-    return np.array([answer == "1" for answer in answers], dtype=float)
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -171,12 +157,12 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
             ]
             text.append(f"| {' | '.join(row)} |")
         trained = [each for each in own if each.method != "base"]
-        text += ["", *_pairs(trained, "Accuracy in points", accuracy, "+.1f")]
+        text += ["", *_pairs(trained, "Accuracy in points", accuracy, "+.1f", unit=100)]
         text += _pairs(trained, "Bits per character", bits, "+.3f")
     return "\n".join(text)
 
 
-def _pairs(summaries: Sequence[Summary], title: str, measure: Measure, form: str) -> list[str]:
+def _pairs(summaries: Sequence[Summary], title: str, measure: Measure, form: str, unit: float = 1.0) -> list[str]:
     """Every method against every other, as lines of Markdown."""
     names = [each.method for each in summaries]
     text = [
@@ -188,7 +174,7 @@ def _pairs(summaries: Sequence[Summary], title: str, measure: Measure, form: str
     for i, one in enumerate(summaries[:-1]):
         cells = [""] * i
         for other in summaries[i + 1 :]:
-            value, low, high = (format(number, form) for number in between(one.lines, other.lines, measure))
+            value, low, high = (format(unit * number, form) for number in between(one.lines, other.lines, measure))
             cells.append(f"{value} ({low} .. {high})")
         text.append(f"| {one.method} | {' | '.join(cells)} |")
     return [*text, ""] if len(names) > 1 else []
