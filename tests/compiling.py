@@ -1,10 +1,11 @@
 """Compiling Triton kernels for GPUs on a machine that has none: run by tests in a process of its own, where Triton does not
-interpret. In: `CALLS`, by name. Out: nothing; a kernel that does not compile, or wants more shared memory than the GPU
-has, ends it with an error.
+interpret. In: `CALLS`, by name. Out: a line a kernel, what it needs and what it multiplies matrices with; a kernel that does
+not compile, or wants more shared memory than the GPU has, ends it with an error.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,11 @@ def compile_all(calls: dict[str, Callable[[], Any]], capability: int) -> list[st
             compiled = kernel.run(*args, grid=grid, warmup=True, **options)
             shared = compiled.metadata.shared
             assert shared <= TARGETS[capability], f"{compiled.name} wants {shared} bytes of shared memory"
-            found.append(f"sm_{capability} {label} {compiled.name}: {shared} bytes of shared memory")
+            products = sorted(
+                set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]))
+            )
+            needs = f"{shared} bytes of shared memory; {', '.join(products) or 'no tensor cores'}"
+            found.append(f"sm_{capability} {label} {compiled.name}: {needs}")
 
         return launch
 
@@ -68,15 +73,40 @@ def attention(dtype: torch.dtype, width: int) -> None:
         )
 
 
-def experts(dtype: torch.dtype, num_tokens: int) -> None:
+def experts(dtype: torch.dtype, num_tokens: int, batch_invariant: bool = False) -> None:
     from perft_kernels.gpu.moe_experts import stored_experts
 
     h, weights = torch.zeros(num_tokens, 128, dtype=dtype), torch.zeros(num_tokens, 4, dtype=dtype)
     gate_up, down = torch.zeros(8, 128, 128, dtype=dtype), torch.zeros(8, 128, 64, dtype=dtype)
     ids = torch.zeros(num_tokens, 4, dtype=torch.int64)
-    stored_experts(h, ids, weights, gate_up, down, None, None, False, False, 1.0, 0.0)
+    stored_experts(h, ids, weights, gate_up, down, None, None, False, False, 1.0, 0.0, batch_invariant)
     bias = torch.zeros(8, 128, dtype=dtype)
-    stored_experts(h, ids, weights, gate_up, down.mT.contiguous(), bias, bias, True, True, 1.7, 7.0)
+    stored_experts(h, ids, weights, gate_up, down.mT.contiguous(), bias, bias, True, True, 1.7, 7.0, batch_invariant)
+
+
+def linear(dtype: torch.dtype, num_tokens: int) -> None:
+    from perft_kernels.gpu.linear import stored_linear
+
+    x, weight = torch.zeros(num_tokens, 2048, dtype=dtype), torch.zeros(2048, 2048, dtype=dtype)
+    stored_linear(x, weight, None)
+    stored_linear(x, weight, weight[0])
+
+
+def small(dtype: torch.dtype, num_tokens: int) -> None:
+    from perft_kernels.gpu.base_router import router_top_k
+    from perft_kernels.gpu.rms_norm import rms_norm
+    from perft_kernels.gpu.rotary import rotary_kv_write
+
+    h_TD = torch.zeros(num_tokens, 2048, dtype=dtype)
+    for residual in (None, h_TD):
+        rms_norm(h_TD, residual, h_TD[0], 1e-6)
+    router_top_k(h_TD[:, :64], 8, False, dtype)
+    heads, pages = h_TD.unflatten(1, (16, 128)), torch.zeros(4, 16, 16, 128, dtype=dtype)
+    for weight, turn in ((None, 128), (h_TD[0], 128), (h_TD[0, :128], 64)):
+        rotary_kv_write(
+            *(heads, heads, heads, h_TD[:, :turn], h_TD[:, :turn], weight, weight, 1e-6, 1e-6, pages, pages),
+            torch.zeros(num_tokens, dtype=torch.int64),
+        )
 
 
 def router(dtype: torch.dtype) -> None:
@@ -116,9 +146,17 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "float32 256": lambda: attention(torch.float32, 256),
     },
     "moe_experts": {
+        "bfloat16 1": lambda: experts(torch.bfloat16, 1),
         "bfloat16 64": lambda: experts(torch.bfloat16, 64),
         "bfloat16 512": lambda: experts(torch.bfloat16, 512),
+        "bfloat16 512 invariant": lambda: experts(torch.bfloat16, 512, batch_invariant=True),
     },
+    "linear": {
+        "bfloat16 1": lambda: linear(torch.bfloat16, 1),
+        "bfloat16 64": lambda: linear(torch.bfloat16, 64),
+        "bfloat16 512": lambda: linear(torch.bfloat16, 512),
+    },
+    "rms_norm, base_router, rotary": {"bfloat16": lambda: small(torch.bfloat16, 8)},
     "adapter_router": {"bfloat16": lambda: router(torch.bfloat16)},
     "routed_units": {
         "bfloat16 64": lambda: units(torch.bfloat16, torch.bfloat16, 64),

@@ -7,14 +7,15 @@ what lay outside of it, shows. What a graph cannot do raises here too: reading a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+
+from perft_kernels._op import Op, observed
 
 _READS_BACK = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero", "aten::_unique2")
 
@@ -83,7 +84,7 @@ def address(tensor: Tensor) -> int:
 
 
 class FrozenCapture:
-    """A `perft_serve.engine.decode_graphs.Capture` that makes `FrozenStep`s.
+    """A `perft_serve.engine.decode_graphs.Capture` that makes `FrozenStep`s, in which each op of ours is one call.
 
     Attributes:
         steps: what was captured.
@@ -91,29 +92,15 @@ class FrozenCapture:
 
     def __init__(self) -> None:
         self.steps: list[FrozenStep] = []
-        self._present: FrozenStep | None = None
 
     def __call__(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         frozen = FrozenStep()
-        with self._capturing(frozen), frozen:
+
+        def whole(op: Op, args: Any, kwargs: Any) -> Any:
+            with observed(None):
+                return frozen.whole(op, args, kwargs)
+
+        with observed(whole), frozen:
             output = step()
         self.steps.append(frozen)
         return frozen.replay, output
-
-    def kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` as one call of a captured step."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._present is None:
-                return function(*args, **kwargs)
-            return self._present.whole(function, args, kwargs)
-
-        return call
-
-    @contextlib.contextmanager
-    def _capturing(self, frozen: FrozenStep) -> Iterator[None]:
-        self._present = frozen
-        try:
-            yield
-        finally:
-            self._present = None

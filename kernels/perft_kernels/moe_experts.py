@@ -32,7 +32,8 @@ Contract of `stored_experts`
     | down_bias    | [N, D] or none              |                                                             |
 
     Weights and biases have the dtype of h. Sums are in float32; `a` is rounded to the dtype of h. The kernels are in
-    `gpu/moe_experts.py`.
+    `gpu/moe_experts.py`. A token's result does not depend on the other tokens, but may on whether they are many; not so, and
+    many are slower, if `batch_invariant`.
 """
 
 from __future__ import annotations
@@ -139,16 +140,17 @@ def _stored_experts(
     interleaved: bool,
     alpha: float,
     limit: float,
+    batch_invariant: bool = False,
 ) -> Tensor:
     arguments = (ids_TK, weights_TK, gate_up, down, gate_up_bias, down_bias, transposed, interleaved, alpha, limit)
     if not gpu.takes(h_TD, gate_up, down):
         return stored_experts_reference(h_TD, *arguments)
     from perft_kernels.gpu.moe_experts import stored_experts as kernels  # Triton is there on GPUs only
 
-    return kernels(h_TD if h_TD.stride(1) == 1 else h_TD.contiguous(), *arguments)
+    return kernels(h_TD if h_TD.stride(1) == 1 else h_TD.contiguous(), *arguments, batch_invariant)
 
 
-# (..., transposed, interleaved, alpha, limit): how the weights are stored; a limit of 0 is none.
+# (..., transposed, interleaved, alpha, limit, batch_invariant): how the weights are stored; a limit of 0 is none.
 stored_experts = Op("stored_experts", _stored_experts)
 
 

@@ -14,12 +14,15 @@ Contract
     | k_pages    | [P, page, G, C]      | keys; H is a multiple of G                                       |
     | v_pages    | [P, page, G, Cv]     | values                                                           |
     | pages_BN   | [B, N] int64         | page table; page 0 is nobody's and stands where a row has no more |
-    | short_T    | [T] int64            | sequence of each new token, -1 for tokens of long prefills: what |
-    |            |                      | `short_rows` makes of `num_queries`, once for all layers         |
+    | short_T    | [T] int64            | sequence of each new token, -1 for those of long prefills:       |
+    |            |                      | `short_rows`, made once for all layers                           |
     | position_T | [T] int64            | position of each new token                                       |
     | long_Q3    | [Q, 3] int64         | pieces of long prefills, read by the GPU only: sequence, first   |
-    |            |                      | token, number of tokens (`long_pieces` of `num_queries`)         |
+    |            |                      | token, number of tokens: `long_pieces`                           |
     | sinks_H    | [H] or none          | gpt-oss: a learned logit that takes weight and gives nothing     |
+
+    The first `num_long[b]` new tokens of sequence b are attended as a long prefill, together; the others one by one. Which of
+    them is a matter of speed and of the last bits (`num_long_queries` is the fast rule).
 
     Rows of a page that hold no token must be finite (the engine hands out cleared pages): they are masked, and a masked
     NaN would still poison the product with the values. A sequence reads its own pages only.
@@ -30,6 +33,7 @@ Contract
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -37,31 +41,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perft_kernels import gpu
+from perft_kernels._op import Op
 from perft_kernels.native import element_type, native
 
-# Prefill chunks of more tokens than this are attended one sequence at a time, by torch's blockwise attention.
+# A prefill chunk of more tokens than this is a long one.
 MAX_SHORT_QUERIES = 16
 # Tokens in a piece of a long prefill.
 _PIECE = 64
 
 
-def short_rows(num_queries: Sequence[int]) -> list[int]:
+def num_long_queries(num_queries: Sequence[int]) -> list[int]:
+    """`num_long` of the contract, for speed."""
+    return [n if n > MAX_SHORT_QUERIES else 0 for n in num_queries]
+
+
+def short_rows(num_queries: Sequence[int], num_long: Sequence[int]) -> list[int]:
     """`short_T` of the contract."""
-    return [b if n <= MAX_SHORT_QUERIES else -1 for b, n in enumerate(num_queries) for _ in range(n)]
+    rows = []
+    for b, (n, long) in enumerate(zip(num_queries, num_long, strict=True)):
+        rows += [-1] * long + [b] * (n - long)
+    return rows
 
 
-def long_pieces(num_queries: Sequence[int]) -> list[tuple[int, int, int]]:
+def long_pieces(num_queries: Sequence[int], num_long: Sequence[int]) -> list[tuple[int, int, int]]:
     """`long_Q3` of the contract."""
     pieces, start = [], 0
-    for b, n in enumerate(num_queries):
-        if n > MAX_SHORT_QUERIES:
-            pieces += [(b, start + i, min(_PIECE, n - i)) for i in range(0, n, _PIECE)]
+    for b, (n, long) in enumerate(zip(num_queries, num_long, strict=True)):
+        pieces += [(b, start + i, min(_PIECE, long - i)) for i in range(0, long, _PIECE)]
         start += n
     return pieces
 
 
-def kv_write(k_TGC: Tensor, v_TGC: Tensor, k_pages: Tensor, v_pages: Tensor, slot_T: Tensor) -> None:
-    """Store each new token's key and value at row `slot_T[t]` of the pages seen as `[P * page, G, C]`."""
+def _kv_write(k_TGC: Tensor, v_TGC: Tensor, k_pages: Tensor, v_pages: Tensor, slot_T: Tensor) -> None:
     if gpu.takes(k_pages) and k_TGC.dtype == v_TGC.dtype == k_pages.dtype:
         from perft_kernels.gpu.paged_attention import kv_write as write  # Triton is there on GPUs only
 
@@ -82,7 +93,16 @@ def kv_write(k_TGC: Tensor, v_TGC: Tensor, k_pages: Tensor, v_pages: Tensor, slo
     v_pages.flatten(0, 1).index_copy_(0, slot_T, v_TGC)
 
 
-def paged_attention(
+# Stores each new token's key and value at row `slot_T[t]` of the pages seen as `[P * page, G, C]`.
+kv_write = Op("kv_write", _kv_write, mutates=("k_pages", "v_pages"))
+
+
+@kv_write.register_fake
+def _(k_TGC, v_TGC, k_pages, v_pages, slot_T):  # type: ignore[no-untyped-def]
+    return None
+
+
+def _paged_attention(
     q_THC: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -91,25 +111,20 @@ def paged_attention(
     position_T: Tensor,
     num_queries: Sequence[int],
     context_len: Sequence[int],
-    *,
+    num_long: Sequence[int],
     scale: float,
     window: int | None = None,
     sinks_H: Tensor | None = None,
     long_Q3: Tensor | None = None,
 ) -> Tensor:
-    """Attention output `[T, H, Cv]`; see the contract at the head of this file. Without `long_Q3`, it is made here.
-
-    On a GPU, and in the CPU kernels, all short sequences at once. In plain torch, sequences with one query are batched,
-    whatever their lengths; the others run one at a time.
-    """
     out_THC = q_THC.new_empty(q_THC.shape[0], q_THC.shape[1], v_pages.shape[3])
     if gpu.takes(q_THC, k_pages, v_pages) and q_THC.dtype == k_pages.dtype == v_pages.dtype:
         from perft_kernels.gpu.paged_attention import paged_attention as attend  # Triton is there on GPUs only
 
         if long_Q3 is None:
-            pieces = long_pieces(num_queries)
+            pieces = long_pieces(num_queries, num_long)
             long_Q3 = torch.tensor(pieces, dtype=torch.int64, device=q_THC.device).view(-1, 3)
-        has_short = any(n <= MAX_SHORT_QUERIES for n in num_queries)
+        has_short = any(n > long for n, long in zip(num_queries, num_long, strict=True))
         q_THC = _with_whole_rows(q_THC)
         attend(
             q_THC,
@@ -136,23 +151,18 @@ def paged_attention(
             *(q_THC.shape[0], q_THC.shape[1], k_pages.shape[2], q_THC.shape[2], v_pages.shape[3]),
             *(k_pages.shape[1], pages_BN.shape[1], scale, window or 0),
         )
-        least = MAX_SHORT_QUERIES + 1
+        together, one_by_one = list(num_long), []
     else:
-        least = 2
-    decode, start = [], 0
-    starts = []
-    for b, n in enumerate(num_queries):
-        starts.append(start)
-        start += n
-        if n == 1 and least == 2:
-            decode.append(b)
-    if decode:
-        _decode(q_THC, k_pages, v_pages, pages_BN, decode, starts, context_len, scale, window, sinks_H, out_THC)
-    for b, n in enumerate(num_queries):
-        if n >= least:
+        together = [n if n > 1 else 0 for n in num_queries]
+        one_by_one = [b for b, n in enumerate(num_queries) if n == 1]
+    starts = [0, *itertools.accumulate(num_queries)]
+    if one_by_one:
+        _decode(q_THC, k_pages, v_pages, pages_BN, one_by_one, starts, context_len, scale, window, sinks_H, out_THC)
+    for b, n in enumerate(together):
+        if n:
             rows = slice(starts[b], starts[b] + n)
-            length = context_len[b]
-            first = length - n
+            first = context_len[b] - num_queries[b]
+            length = first + n
             position_n = torch.arange(first, length, device=q_THC.device)
             key_S = torch.arange(length, device=q_THC.device)
             mask_nS = None
@@ -171,6 +181,19 @@ def paged_attention(
                 sinks_H,
             )[0]
     return out_THC
+
+
+# Attention output `[T, H, Cv]`; see the contract at the head of this file. Without `long_Q3`, it is made here.
+#
+# On a GPU everything at once. In the CPU kernels, all tokens that are attended one by one at once, and long prefills by torch's
+# blockwise attention, one at a time. In plain torch, sequences with one query are batched, whatever their lengths; the others
+# run one at a time.
+paged_attention = Op("paged_attention", _paged_attention)
+
+
+@paged_attention.register_fake
+def _(q_THC, k_pages, v_pages, *_args, **_kwargs):  # type: ignore[no-untyped-def]
+    return q_THC.new_empty(*q_THC.shape[:2], v_pages.shape[3])
 
 
 def _rows_whole(*tensors: Tensor) -> bool:

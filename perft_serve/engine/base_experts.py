@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,23 +35,29 @@ _TOLERANCE = 0.02
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """How an experts module stores its weights and what its activation is; see `stored_experts`."""
+    """How an experts module stores its weights, what its activation is, and how it is to be computed; see `stored_experts`."""
 
     transposed: bool
     interleaved: bool
     alpha: float
     limit: float
+    batch_invariant: bool = False
 
 
-def ours_are_faster(num_tokens: int) -> bool:
+def runs_ours(form: Form, num_tokens: int) -> bool:
     """Whether our kernels run rather than `grouped_mm`."""
-    return MAX_TOKENS is None or num_tokens <= MAX_TOKENS
+    return form.batch_invariant or MAX_TOKENS is None or num_tokens <= MAX_TOKENS
 
 
 @torch.no_grad()
-def use_kernels(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> None:
-    """Let our kernels compute the base experts of `model`, where they can; does nothing to one that is not on a GPU."""
+def use_kernels(model: PreTrainedModel, blocks: Sequence[MoeBlock], *, batch_invariant: bool = False) -> None:
+    """Let our kernels compute the base experts of `model`, where they can; does nothing to one that is not on a GPU.
+
+    Args:
+        batch_invariant: in the same arithmetic for any number of tokens, which is slower where they are many.
+    """
     found = {block.name: form_of(model.get_submodule(block.name)) for block in blocks}
+    found = {name: form and replace(form, batch_invariant=batch_invariant) for name, form in found.items()}
     if not any(found.values()):
         return
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, _experts)
@@ -108,7 +114,7 @@ def _activation(both_PO: Tensor, interleaved: bool, alpha: float, limit: float) 
 def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Transformers' experts call."""
     form: Form | None = getattr(self, "perft_form", None)
-    if form is None or not ours_are_faster(hidden_states.shape[0]) or hidden_states.dtype != self.down_proj.dtype:
+    if form is None or hidden_states.dtype != self.down_proj.dtype or not runs_ours(form, hidden_states.shape[0]):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     return stored_experts(
         hidden_states,
@@ -122,4 +128,5 @@ def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
         form.interleaved,
         form.alpha,
         form.limit,
+        form.batch_invariant,
     )

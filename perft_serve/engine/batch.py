@@ -4,13 +4,15 @@ hands to model, seam and sampler.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from perft_kernels.paged_attention import long_pieces, short_rows
-from perft_serve.engine.scheduler import Plan
+from perft_kernels.paged_attention import long_pieces, num_long_queries, short_rows
+from perft_serve.engine.scheduler import Chunk, Plan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +27,9 @@ class Batch:
         width: the most adapter experts that one of the tokens takes; 0: the batch has no PERFT adapter.
         pages_BN: page table, 0 where a sequence has no more pages.
         num_queries, context_len: of each sequence, on the host.
-        short_T: sequence of each token, -1 in long prefill chunks (`perft_kernels.paged_attention`).
-        long_Q3: the pieces of long prefill chunks.
+        num_long: how many of its new tokens are attended as a long prefill (`perft_kernels.paged_attention`).
+        short_T: sequence of each token, -1 in long prefills.
+        long_Q3: the pieces of long prefills.
         logit_rows: which tokens' logits are needed, ascending.
         routed_rows: of which tokens it is to be kept what adapter experts they take, ascending.
         has_lora: some of the adapters are LoRAs.
@@ -42,6 +45,7 @@ class Batch:
     long_Q3: Tensor
     num_queries: tuple[int, ...]
     context_len: tuple[int, ...]
+    num_long: tuple[int, ...]
     logit_rows: tuple[int, ...]
     routed_rows: tuple[int, ...] = ()
     has_lora: bool = False
@@ -59,7 +63,26 @@ class Batch:
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
-def build_batch(plan: Plan, page_size: int) -> Batch:
+# How many new tokens of each chunk are attended as a long prefill.
+LongRule: TypeAlias = Callable[[Sequence[Chunk]], Sequence[int]]
+
+
+def long_for_speed(chunks: Sequence[Chunk]) -> list[int]:
+    """By a chunk's length, which depends on what else is in the batch."""
+    return num_long_queries([chunk.num_tokens for chunk in chunks])
+
+
+def long_if_prompt(chunks: Sequence[Chunk]) -> list[int]:
+    """Tokens of prompts, and no others: of a sequence it is always the same ones, however it is cut into chunks."""
+    return [min(chunk.num_tokens, max(0, chunk.seq.num_prompt - chunk.start)) for chunk in chunks]
+
+
+def never_long(chunks: Sequence[Chunk]) -> list[int]:
+    """None."""
+    return [0] * len(chunks)
+
+
+def build_batch(plan: Plan, page_size: int, long_rule: LongRule = long_for_speed) -> Batch:
     """The tensors of `plan`, which has at least one chunk."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -88,6 +111,7 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
         return torch.tensor(values, dtype=torch.int64)
 
     num_queries = tuple(chunk.num_tokens for chunk in plan.chunks)
+    num_long = tuple(long_rule(plan.chunks))
     table = [chunk.seq.pages + [0] * (num_pages - len(chunk.seq.pages)) for chunk in plan.chunks]
     return Batch(
         tokens_T=ints(tokens),
@@ -96,10 +120,11 @@ def build_batch(plan: Plan, page_size: int) -> Batch:
         adapter_T=ints(adapters),
         width=max(chunk.seq.width for chunk in plan.chunks),
         pages_BN=torch.tensor(table, dtype=torch.int64),
-        short_T=ints(short_rows(num_queries)),
-        long_Q3=torch.tensor(long_pieces(num_queries), dtype=torch.int64).view(-1, 3),
+        short_T=ints(short_rows(num_queries, num_long)),
+        long_Q3=torch.tensor(long_pieces(num_queries, num_long), dtype=torch.int64).view(-1, 3),
         num_queries=num_queries,
         context_len=tuple(chunk.end for chunk in plan.chunks),
+        num_long=num_long,
         logit_rows=tuple(logit_rows),
         routed_rows=tuple(routed_rows),
         has_lora=any(chunk.seq.lease is not None and chunk.seq.lease.is_lora for chunk in plan.chunks),

@@ -1,6 +1,8 @@
 """Decode steps as CUDA graphs: captured once for each bucket of batch sizes, without adapters, with them, and with LoRAs among
 them, then replayed.
 
+What is captured is not the model as it stands but its operations with neighbours put together (`perft_kernels.fusion`).
+
 In: batches in host memory. Out: their logits, if every sequence of the batch has one token; else `None`, and the model is run
 as it is. A graph knows no adapter, no rank and no name: adapters are rows and tables of the arena, which stay where they
 are, so that loading, evicting and reloading leave every graph valid. What cannot be captured runs as it is, and the log
@@ -18,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from perft_kernels.fusion import fuse
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.batch import Batch
 from perft_serve.engine.decode_inputs import DecodeInputs, StepKind, Tables, width_class
@@ -130,7 +133,7 @@ class DecodeGraphs:
         inputs.fill(inputs.batch(kind._replace(num_rows=0)), kind.num_rows)
         batch, rows_T = inputs.batch(kind), inputs.rows_T[: kind.num_rows]
         try:
-            self._graphs[kind] = self._capture(lambda: self._forward(batch, rows_T))
+            self._graphs[kind] = self._capture(fuse(lambda: self._forward(batch, rows_T)))
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             logger.warning("decode steps run without CUDA graphs, which is slower: cannot capture them: %s", reason)

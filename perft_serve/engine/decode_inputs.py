@@ -142,6 +142,7 @@ class DecodeInputs:
             long_Q3=self._no_pieces_Q3,
             num_queries=(1,) * num_rows,
             context_len=(1,) * num_rows,
+            num_long=(0,) * num_rows,
             logit_rows=(),
         )
 

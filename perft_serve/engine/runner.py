@@ -27,13 +27,13 @@ from perft.moe import find_moe_blocks
 from perft_kernels.adapter_router import RULE_FIRST_EXPERT
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.balance import Balances
-from perft_serve.engine.base_experts import use_kernels
 from perft_serve.engine.batch import Batch, build_batch
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from perft_serve.engine.decode_programs import DecodePrograms
 from perft_serve.engine.digest import base_digest
 from perft_serve.engine.events import Routing
+from perft_serve.engine.gpu_base import use_gpu_ops
 from perft_serve.engine.grammar import Grammar, Grammars, allowed
 from perft_serve.engine.logits import LogitEditor
 from perft_serve.engine.packing import PanelHead, greedy_head, pack
@@ -115,7 +115,7 @@ class Runner:
         self.grammars = Grammars(config.model, self.vocab_size, self.eos_token_ids)
         blocks, attention = find_moe_blocks(self._model), find_attention_blocks(self._model)
         pack(self._model, blocks)
-        use_kernels(self._model, blocks)
+        use_gpu_ops(self._model, blocks, attention, batch_invariant=False)
         self._seam = Seam()
         install(self._model, blocks, attention, self._seam)
         shapes = self._kv_shapes(text_config)

@@ -121,6 +121,7 @@ class Seam:
             self.batch.positions_T,
             self.batch.num_queries,
             self.batch.context_len,
+            self.batch.num_long,
             scale=scale,
             window=window,
             sinks_H=sinks,

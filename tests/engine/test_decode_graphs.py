@@ -23,7 +23,6 @@ import perft_kernels.native
 from perft.config import PerftConfig
 from perft.moe import find_moe_blocks
 from perft_serve.adapters.catalog import AdapterCatalog
-from perft_serve.engine import seam
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_graphs import buckets
 from perft_serve.engine.decode_inputs import width_class
@@ -92,11 +91,8 @@ def make_engine(base: Path, generation: int = 0, **settings: Any) -> Engine:
 
 
 @pytest.fixture
-def capture(monkeypatch: pytest.MonkeyPatch) -> FrozenCapture:
-    capture = FrozenCapture()
-    for name in ("kv_write", "paged_attention", "adapter_router", "routed_units"):
-        monkeypatch.setattr(seam, name, capture.kernel(getattr(seam, name)))
-    return capture
+def capture() -> FrozenCapture:
+    return FrozenCapture()
 
 
 def with_graphs(engine: Engine, capture: Callable[..., Any]) -> Any:

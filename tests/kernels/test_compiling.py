@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from compiling import CALLS, TARGETS
 BACKENDS = ("torch",)  # compiling has nothing to do with them
 
 
-@pytest.mark.parametrize("op", CALLS)
-def test_compiles(op: str) -> None:
+@functools.cache
+def compiled(op: str) -> list[str]:
+    """A line a kernel."""
     pytest.importorskip("triton")
     capability = max(TARGETS)
     file = Path(__file__).parents[1] / "compiling.py"
@@ -26,4 +28,18 @@ def test_compiles(op: str) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("shared memory") >= len(CALLS[op])
+    return [line for line in run.stdout.splitlines() if "shared memory" in line]
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_compiles(op: str) -> None:
+    assert len(compiled(op)) >= len(CALLS[op])
+
+
+def test_batch_invariant_products_have_one_instruction_for_every_number_of_tokens() -> None:
+    """Another one may add in another order."""
+    experts = [line for line in compiled("moe_experts") if "_gate_up" in line or "_down" in line]
+    invariant = [line for line in experts if "bfloat16 512" not in line or "invariant" in line]
+    assert len(invariant) == 3 * 4 < len(experts)
+    for lines in (compiled("linear"), invariant):
+        assert {line.rpartition("; ")[2] for line in lines} == {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from perft_kernels.paged_attention import kv_write, long_pieces, paged_attention, short_rows
+from perft_kernels.paged_attention import kv_write, long_pieces, num_long_queries, paged_attention, short_rows
 
 BACKENDS = ("native", "torch", "triton")
 PAGE, HEADS, GROUPS = 4, 6, 2
@@ -52,18 +52,20 @@ def test_mixed_batch(
     for row, key, value in zip(rows, keys, values, strict=True):
         kv_write(key.to(device), value.to(device), k_pages, v_pages, torch.tensor(row, device=device))
     sinks_H = torch.randn(HEADS, generator=g) if sinks else None
+    num_long = num_long_queries(num_queries)
     got = paged_attention(
         torch.cat(queries).to(device),
         k_pages,
         v_pages,
         torch.tensor(table, device=device),
-        torch.tensor(short_rows(num_queries), device=device),
+        torch.tensor(short_rows(num_queries, num_long), device=device),
         torch.tensor(
             [p for n, length in zip(num_queries, context_len, strict=True) for p in range(length - n, length)],
             device=device,
         ),
         num_queries,
         context_len,
+        num_long,
         scale=0.3,
         window=window,
         sinks_H=None if sinks_H is None else sinks_H.to(device),
@@ -113,7 +115,12 @@ class Sequences:
         self.pages = [pages.to(device) for pages in self.pages]
 
     def attend(
-        self, which: Sequence[int], num_queries: Sequence[int], window: int | None = None, sinks_H: Tensor | None = None
+        self,
+        which: Sequence[int],
+        num_queries: Sequence[int],
+        window: int | None = None,
+        sinks_H: Tensor | None = None,
+        num_long: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Attention of the last queries of some of the sequences in one call, on a table as wide as they need."""
 
@@ -121,20 +128,22 @@ class Sequences:
             return torch.tensor(values, dtype=torch.int64, device=self.device)
 
         longest = max(len(self.table[b]) for b in which)
+        num_long = num_long_queries(num_queries) if num_long is None else num_long
         lengths = [self.lengths[b] for b in which]
         out = paged_attention(
             torch.cat([self.queries[b][-n:] for b, n in zip(which, num_queries, strict=True)]).to(self.device),
             self.pages[0],
             self.pages[1],
             ints([self.table[b] + [0] * (longest - len(self.table[b])) for b in which]),
-            ints(short_rows(num_queries)),
+            ints(short_rows(num_queries, num_long)),
             ints([p for n, length in zip(num_queries, lengths, strict=True) for p in range(length - n, length)]),
             num_queries,
             lengths,
+            num_long,
             scale=0.125,
             window=window,
             sinks_H=None if sinks_H is None else sinks_H.to(self.device),
-            long_Q3=ints(long_pieces(num_queries)).view(-1, 3),
+            long_Q3=ints(long_pieces(num_queries, num_long)).view(-1, 3),
         )
         return [part.cpu() for part in out.split(list(num_queries))]
 

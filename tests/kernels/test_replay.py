@@ -12,6 +12,7 @@ import torch
 from frozen_step import FrozenStep
 from torch import Tensor
 
+from perft_kernels.linear import stored_linear
 from perft_kernels.moe_experts import stored_experts
 from perft_kernels.paged_attention import kv_write, paged_attention
 
@@ -60,6 +61,16 @@ def test_stored_experts(frozen: FrozenStep) -> None:
     assert_replays(frozen, lambda: stored_experts(*arguments), change)
 
 
+def test_stored_linear(frozen: FrozenStep) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight, bias = torch.randn(5, 32, generator=g), torch.randn(40, 32, generator=g), torch.randn(40, generator=g)
+
+    def change() -> None:
+        x.normal_(generator=g)
+
+    assert_replays(frozen, lambda: stored_linear(x, weight, bias), change)
+
+
 def test_paged_attention(frozen: FrozenStep) -> None:
     """Captured at the first position of page 0, replayed deep in other pages."""
     g = torch.Generator().manual_seed(0)
@@ -73,7 +84,9 @@ def test_paged_attention(frozen: FrozenStep) -> None:
 
     def step() -> Tensor:
         kv_write(k, v, pages[0], pages[1], slot)
-        return paged_attention(q, pages[0], pages[1], table, rows, position, (1, 1), (1, 1), scale=0.25, long_Q3=none)
+        return paged_attention(
+            q, pages[0], pages[1], table, rows, position, (1, 1), (1, 1), (0, 0), scale=0.25, long_Q3=none
+        )
 
     rows, none = torch.arange(2), torch.zeros(0, 3, dtype=torch.int64)
 

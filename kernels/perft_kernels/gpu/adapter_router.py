@@ -20,13 +20,13 @@ from perft_kernels import gpu
 # As the columns and kinds of the contract.
 _ALL, _EMBEDDED = tl.constexpr(0), tl.constexpr(2)
 _KIND, _NUM_EXPERTS, _TOP_K, _NORM, _BASE_RANK, _FIRST_EXPERT, _COLUMNS = (tl.constexpr(i) for i in range(7))
-_NONE = tl.constexpr(-(2**63))  # less than every key
+NONE = tl.constexpr(-(2**63))  # less than every key
 _LOW_BITS = tl.constexpr(2**32 - 1)
 _SIGNED_BITS = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _key(logit_M, m_M):  # type: ignore[no-untyped-def]
+def key(logit_M, m_M):  # type: ignore[no-untyped-def]
     """A number that orders by logit, then by the smaller id."""
     bits_M = logit_M.to(tl.int32, bitcast=True)
     ordered_M = bits_M ^ ((bits_M >> 31) & _SIGNED_BITS)
@@ -34,8 +34,8 @@ def _key(logit_M, m_M):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _logit_and_id(key_X):  # type: ignore[no-untyped-def]
-    """What `_key` was made of."""
+def logit_and_id(key_X):  # type: ignore[no-untyped-def]
+    """What `key` was made of."""
     ordered_X = (key_X >> 32).to(tl.int32)
     bits_X = ordered_X ^ ((ordered_X >> 31) & _SIGNED_BITS)
     return bits_X.to(tl.float32, bitcast=True), (key_X & _LOW_BITS) ^ _SIGNED_BITS
@@ -99,7 +99,7 @@ def _adapter_router(  # type: ignore[no-untyped-def]
             gate_row = tl.load(gate_row_A + a)
             if gate_row >= 0:
                 top_k = tl.minimum(tl.load(rule_A6 + _TOP_K), width).to(tl.int32)
-                chosen_X = tl.full([BLOCK_X], _NONE, dtype=tl.int64)
+                chosen_X = tl.full([BLOCK_X], NONE, dtype=tl.int64)
                 largest = tl.full([], float("-inf"), dtype=tl.float32)
                 total = tl.zeros([], dtype=tl.float32)
                 for m0 in range(0, num_experts.to(tl.int32), BLOCK_M):
@@ -120,19 +120,19 @@ def _adapter_router(  # type: ignore[no-untyped-def]
                     total = total * tl.exp(largest - now_largest) + tl.sum(tl.exp(logit_M - now_largest), axis=0)
                     largest = now_largest
                     # the best so far against this block's, one after the other
-                    key_M = tl.where(is_gate_M, _key(logit_M, m_M), _NONE)
+                    key_M = tl.where(is_gate_M, key(logit_M, m_M), NONE)
                     left_X = chosen_X
                     for q in range(top_k):
                         best = tl.maximum(tl.max(left_X, axis=0), tl.max(key_M, axis=0))
                         chosen_X = tl.where(x_X == q, best, chosen_X)
-                        left_X = tl.where(left_X == best, _NONE, left_X)
-                        key_M = tl.where(key_M == best, _NONE, key_M)
-                logit_X, id_X = _logit_and_id(chosen_X)
-                local_X = tl.where(chosen_X != _NONE, id_X, -1)
+                        left_X = tl.where(left_X == best, NONE, left_X)
+                        key_M = tl.where(key_M == best, NONE, key_M)
+                logit_X, id_X = logit_and_id(chosen_X)
+                local_X = tl.where(chosen_X != NONE, id_X, -1)
                 if tl.load(rule_A6 + _BASE_RANK) != 0:
                     weight_X = _ranked(base_weights_TK + t * K, K, BLOCK_X, BLOCK_K)
                 else:
-                    weight_X = tl.where(chosen_X != _NONE, tl.exp(logit_X - largest) / total, 0.0)
+                    weight_X = tl.where(chosen_X != NONE, tl.exp(logit_X - largest) / total, 0.0)
                     if tl.load(rule_A6 + _NORM) != 0:
                         weight_X = weight_X / tl.sum(weight_X, axis=0)
     is_valid_X = (local_X >= 0) & (local_X < num_experts)

@@ -3,8 +3,11 @@
 Four launches: pairs (a token and one of its base experts) are sorted by base expert, on the device and in token order; each
 tile of one base expert's pairs goes through gate and up, and then through down; each token adds up its own pairs in the
 order of its choices. Pairs without a base expert are sorted out. The number of tiles is bounded by shapes alone, and programs
-beyond the last one exit. A step of up to `DECODE_TOKENS` tokens has the smallest tiles, whatever its size, so a
-decoding request's result is the same to the bit alone and among others.
+beyond the last one exit. A token alone needs no sorting: three launches.
+
+A step of up to `DECODE_TOKENS` tokens has the smallest tiles, whatever its size, and the same arithmetic in the same order, so
+a decoding request's result is the same to the bit alone and among others. A step of more has tiles of 64 pairs, for which
+Triton takes another instruction on some GPUs (wgmma), which adds otherwise; where that must not be (`batch_invariant`), of 32.
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ DECODE_TOKENS = 256
 _SCAN = 1024
 
 
-def tile_sizes(num_tokens: int, itemsize: int) -> tuple[int, int, int, int]:
+def tile_sizes(num_tokens: int, itemsize: int, batch_invariant: bool) -> tuple[int, int, int, int]:
     """(pairs, outputs, inputs, warps) of a tile of a product: of shapes only, not of what is in them."""
     inputs = 256 // itemsize
     if num_tokens <= DECODE_TOKENS:
         return 16, 32, inputs, 4
-    return 64, 64, inputs // 2, 4
+    return 32 if batch_invariant else 64, 64, inputs // 2, 4
 
 
 @triton.jit
@@ -76,6 +79,27 @@ def _tile(start_N1, tile, N, P_TILE: tl.constexpr, N_SCAN: tl.constexpr):
 
 
 @triton.jit
+def _pairs(ids_P, order_P, start_N1, N, P_TILE: tl.constexpr, N_SCAN: tl.constexpr, ALONE: tl.constexpr):
+    """Of this program's tile: its base expert (N: none), the pairs' places in sorted order, which of them are there, and
+    their pair numbers. ALONE: there is one token, and each of its pairs is a tile.
+    """
+    tile = tl.program_id(0)
+    row = tl.arange(0, P_TILE)
+    if ALONE:
+        expert = tl.load(ids_P + tile)
+        expert = tl.where((expert >= 0) & (expert < N), expert, N).to(tl.int32)
+        place = row + tile
+        inside = row < 1
+        pair = place
+    else:
+        expert, begin, end = _tile(start_N1, tile, N, P_TILE, N_SCAN)
+        place = begin + row
+        inside = place < end
+        pair = tl.load(order_P + place, mask=inside, other=0)
+    return expert, place, inside, pair
+
+
+@triton.jit
 def _sigmoid(x):
     """Without an exponential that overflows."""
     e = tl.exp(-tl.abs(x))
@@ -84,17 +108,15 @@ def _sigmoid(x):
 
 @triton.jit
 def _gate_up(
-    h_TD, gate_up, bias, order_P, start_N1, a_PI,
+    h_TD, gate_up, bias, ids_P, order_P, start_N1, a_PI,
     K, N, I, D, h_stride, stride_n, stride_o, stride_d, gate_step, up_offset, alpha, limit,
     HAS_BIAS: tl.constexpr, CLAMPED: tl.constexpr,
-    P_TILE: tl.constexpr, O_TILE: tl.constexpr, D_TILE: tl.constexpr, N_SCAN: tl.constexpr,
+    P_TILE: tl.constexpr, O_TILE: tl.constexpr, D_TILE: tl.constexpr, N_SCAN: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, I / O_TILE): a tile of one base expert's pairs through gate, up and activation, stored in sorted order."""
-    expert, begin, end = _tile(start_N1, tl.program_id(0), N, P_TILE, N_SCAN)
+    expert, place, inside, pair = _pairs(ids_P, order_P, start_N1, N, P_TILE, N_SCAN, ALONE)
     if expert < N:
-        place = begin + tl.arange(0, P_TILE)
-        inside = place < end
-        token = tl.load(order_P + place, mask=inside, other=0) // K
+        token = pair // K
         i = tl.program_id(1) * O_TILE + tl.arange(0, O_TILE)
         gate_row = tl.minimum(i, I - 1) * gate_step
         weights = gate_up + expert.to(tl.int64) * stride_n
@@ -125,15 +147,14 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    a_PI, down, bias, order_P, start_N1, out_PD,
+    a_PI, down, bias, ids_P, order_P, start_N1, out_PD,
     N, I, D, stride_n, stride_o, stride_i,
     HAS_BIAS: tl.constexpr, P_TILE: tl.constexpr, O_TILE: tl.constexpr, I_TILE: tl.constexpr, N_SCAN: tl.constexpr,
+    ALONE: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, D / O_TILE): a tile of one base expert's pairs through down; stored at each pair's own place."""
-    expert, begin, end = _tile(start_N1, tl.program_id(0), N, P_TILE, N_SCAN)
+    expert, place, inside, pair = _pairs(ids_P, order_P, start_N1, N, P_TILE, N_SCAN, ALONE)
     if expert < N:
-        place = begin + tl.arange(0, P_TILE)
-        inside = place < end
         o = tl.program_id(1) * O_TILE + tl.arange(0, O_TILE)
         weights = down + expert.to(tl.int64) * stride_n
         out = tl.zeros([P_TILE, O_TILE], tl.float32)
@@ -146,7 +167,6 @@ def _down(
             out += tl.dot(a, w, input_precision="ieee")
         if HAS_BIAS:
             out += tl.load(bias + expert * D + o, mask=o < D, other=0.0).to(tl.float32)[None, :]
-        pair = tl.load(order_P + place, mask=inside, other=0)
         out_at = out_PD + pair.to(tl.int64)[:, None] * D + o[None, :]
         tl.store(out_at, out, mask=inside[:, None] & (o[None, :] < D))
 
@@ -178,6 +198,7 @@ def stored_experts(
     interleaved: bool,
     alpha: float,
     limit: float,
+    batch_invariant: bool,
 ) -> Tensor:
     """As the contract in `perft_kernels.moe_experts`; the last axis of `h_TD` lies in one piece."""
     (num_tokens, hidden_size), top_k, num_experts = h_TD.shape, ids_TK.shape[1], down.shape[0]
@@ -186,13 +207,13 @@ def stored_experts(
     if num_tokens == 0:
         return y_TD
     num_pairs = num_tokens * top_k
+    alone = num_tokens == 1
     ids_P, weights_P = ids_TK.contiguous().view(-1), weights_TK.contiguous().view(-1)
     order_P = torch.empty(num_pairs, dtype=torch.int32, device=h_TD.device)
     start_N1 = torch.empty(num_experts + 1, dtype=torch.int32, device=h_TD.device)
     a_PI = h_TD.new_empty(num_pairs, inner_size)
-    out_PD = torch.empty(num_pairs, hidden_size, dtype=torch.float32, device=h_TD.device)
-    pair_tile, out_tile, in_tile, num_warps = tile_sizes(num_tokens, h_TD.element_size())
-    num_tiles = num_pairs // pair_tile + min(num_experts, num_pairs)
+    pair_tile, out_tile, in_tile, num_warps = tile_sizes(num_tokens, h_TD.element_size(), batch_invariant)
+    num_tiles = num_pairs if alone else num_pairs // pair_tile + min(num_experts, num_pairs)
     tiles = {
         "P_TILE": pair_tile,
         "O_TILE": out_tile,
@@ -204,21 +225,25 @@ def stored_experts(
     gate_up_stride, down_stride = (
         (w.stride(0), w.stride(2), w.stride(1)) if transposed else w.stride() for w in (gate_up, down)
     )
-    _sort_pairs[num_experts,](ids_P, order_P, start_N1, num_pairs, num_experts, SCAN=_SCAN, **OPTIONS)
+    if not alone:
+        _sort_pairs[num_experts,](ids_P, order_P, start_N1, num_pairs, num_experts, SCAN=_SCAN, **OPTIONS)
     _gate_up[num_tiles, triton.cdiv(inner_size, out_tile)](
-        *(h_TD, gate_up, h_TD if gate_up_bias is None else gate_up_bias, order_P, start_N1, a_PI),
+        *(h_TD, gate_up, h_TD if gate_up_bias is None else gate_up_bias, ids_P, order_P, start_N1, a_PI),
         *(top_k, num_experts, inner_size, hidden_size, h_TD.stride(0), *gate_up_stride),
         *((2, 1) if interleaved else (1, inner_size)),
         *(alpha, limit),
         HAS_BIAS=gate_up_bias is not None,
         CLAMPED=limit > 0,
+        ALONE=alone,
         D_TILE=in_tile,
         **tiles,
     )
+    out_PD = torch.empty(num_pairs, hidden_size, dtype=torch.float32, device=h_TD.device)
     _down[num_tiles, triton.cdiv(hidden_size, out_tile)](
-        *(a_PI, down, h_TD if down_bias is None else down_bias, order_P, start_N1, out_PD),
+        *(a_PI, down, h_TD if down_bias is None else down_bias, ids_P, order_P, start_N1, out_PD),
         *(num_experts, inner_size, hidden_size, *down_stride),
         HAS_BIAS=down_bias is not None,
+        ALONE=alone,
         I_TILE=in_tile,
         **tiles,
     )
