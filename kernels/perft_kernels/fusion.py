@@ -119,7 +119,7 @@ class _Recorder(TorchDispatchMode):
             call.results.append(self._values[tensor])
         targets = _tensors(written)
         call.writes = bool(targets)
-        call.launches = call.writes or any(_address(tensor) not in addresses for tensor in made)
+        call.launches = call.writes or not made or any(_address(tensor) not in addresses for tensor in made)
         self.written.update(map(self._memory, targets))
         self.calls.append(call)
 

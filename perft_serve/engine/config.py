@@ -81,6 +81,14 @@ class EngineConfig:
             "choices": ("auto", "on", "off"),
         },
     )
+    batch_invariant: str = field(
+        default="off",
+        metadata={
+            "help": "on or off: let no bit of a request's result depend on what else is in its batch, on how its prompt is cut "
+            "into chunks, or on what is cached; slower. Refused where a base cannot be computed so.",
+            "choices": ("on", "off"),
+        },
+    )
     scheduling_policy: str = field(
         default="fcfs",
         metadata={
@@ -95,7 +103,7 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.host_adapter_memory < 0:
             raise ValueError(f"host_adapter_memory must be at least 0, got {self.host_adapter_memory}")
-        for name in ("prefix_caching", "decode_programs"):
+        for name in ("prefix_caching", "decode_programs", "batch_invariant"):
             if getattr(self, name) not in ("on", "off"):
                 raise ValueError(f"{name} must be 'on' or 'off', got {getattr(self, name)!r}")
         if self.scheduling_policy not in ("fcfs", "priority"):

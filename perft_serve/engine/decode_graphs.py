@@ -133,7 +133,7 @@ class DecodeGraphs:
         inputs.fill(inputs.batch(kind._replace(num_rows=0)), kind.num_rows)
         batch, rows_T = inputs.batch(kind), inputs.rows_T[: kind.num_rows]
         try:
-            self._graphs[kind] = self._capture(fuse(lambda: self._forward(batch, rows_T)))
+            self._graphs[kind] = self._capture(self._fused(lambda: self._forward(batch, rows_T)))
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             logger.warning("decode steps run without CUDA graphs, which is slower: cannot capture them: %s", reason)
@@ -142,6 +142,16 @@ class DecodeGraphs:
             return False
         self.num_captured += 1
         return True
+
+    def _fused(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The step with neighbouring operations put together; as it is, if it does not run so."""
+        fused = fuse(step)
+        try:
+            fused()
+        except RuntimeError as error:
+            logger.info("decode steps are captured as they are, which is slower: %s", error)
+            return step
+        return fused
 
 
 def buckets(max_num_seqs: int) -> tuple[int, ...]:

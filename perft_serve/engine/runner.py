@@ -24,10 +24,12 @@ from perft.attention import find_attention_blocks
 from perft.base import load_base
 from perft.errors import BaseModelError
 from perft.moe import find_moe_blocks
+from perft_kernels import gpu
 from perft_kernels.adapter_router import RULE_FIRST_EXPERT
+from perft_kernels.fusion import fuse
 from perft_serve.adapters.arena import AdapterArena
 from perft_serve.engine.balance import Balances
-from perft_serve.engine.batch import Batch, build_batch
+from perft_serve.engine.batch import Batch, LongRule, build_batch, long_for_speed, long_if_prompt, never_long
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from perft_serve.engine.decode_programs import DecodePrograms
@@ -45,6 +47,16 @@ from perft_serve.engine.transfer import to_device, to_host
 
 # these choose rotary frequencies by the longest sequence of a batch, so a request would depend on its neighbours
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+# Operations of torch whose result for a token has nothing to do with the other tokens. Sums and products of matrices may choose
+# the order of their sums by how many rows there are.
+_ROW_BY_ROW = {
+    "add", "add_", "sub", "mul", "mul_", "div", "div_", "neg", "pow", "rsqrt", "exp", "sigmoid", "silu", "gelu", "relu",
+    "tanh", "clamp", "clamp_", "clamp_min", "where", "masked_fill", "masked_fill_", "bitwise_not", "eq", "ne", "lt",
+    "gt", "le", "ge", "embedding", "index", "index_select", "gather", "topk", "scatter_", "cat", "stack", "copy_",
+    "clone", "to", "_to_copy", "contiguous", "reshape", "flatten", "new_empty", "empty_like", "zeros_like", "new_zeros",
+    "softmax", "_softmax",
+}  # fmt: skip
 
 # Sequences that follow a grammar, and the masks over the vocabulary that are being computed for them
 Masks: TypeAlias = "tuple[list[Sequence], Future[Tensor]]"
@@ -115,10 +127,15 @@ class Runner:
         self.grammars = Grammars(config.model, self.vocab_size, self.eos_token_ids)
         blocks, attention = find_moe_blocks(self._model), find_attention_blocks(self._model)
         pack(self._model, blocks)
-        use_gpu_ops(self._model, blocks, attention, batch_invariant=False)
+        is_invariant = config.batch_invariant == "on"
+        use_gpu_ops(self._model, blocks, attention, batch_invariant=is_invariant)
         self._seam = Seam()
         install(self._model, blocks, attention, self._seam)
         shapes = self._kv_shapes(text_config)
+        self._long_rule: LongRule = long_for_speed
+        if is_invariant:
+            self._check_invariant()
+            self._long_rule = long_if_prompt if gpu.takes(self._model.get_input_embeddings().weight) else never_long
         self._head = self._greedy_head()
         blocks = [replace(block, top_k=self._seam.base_top_k) for block in blocks]  # seen, whatever the config says
         self.arena = AdapterArena(blocks, config.adapter_memory, self.dtype, self.device, attention)
@@ -163,7 +180,7 @@ class Runner:
         """
         self._cache.clear(plan.new_pages)
         masks = self._begin_masks(plan)
-        batch = build_batch(plan, self._page_size)
+        batch = build_batch(plan, self._page_size, self._long_rule)
         if after is not None:
             place = {seq: i for i, seq in enumerate(after.sampled)}
             rows = self._indices([place[chunk.seq] for chunk in plan.chunks])
@@ -374,6 +391,19 @@ class Runner:
         """What tells the likeliest token without all logits, if there is one; asked before there is a KV cache."""
         tokens_T = torch.arange(min(16, self.vocab_size), device=self.device)
         return greedy_head(self._model, **self._inputs(tokens_T, tokens_T))
+
+    @torch.inference_mode()
+    def _check_invariant(self) -> None:
+        """Refuses a model that does more than our ops and what treats every element, or every row, by itself."""
+        tokens_T = torch.arange(min(3, self.vocab_size), device=self.device)
+        names = fuse(lambda: self._model(**self._inputs(tokens_T, tokens_T)).logits).names
+        others = sorted({name for name in names if "::" in name and name.partition("::")[2] not in _ROW_BY_ROW})
+        if others:
+            needed = "" if self.device.type == "cuda" else "; on a CPU that takes bfloat16 and a C compiler"
+            raise BaseModelError(
+                f"{type(self._model).__name__} cannot be batch-invariant: it computes {', '.join(others)}, whose results may "
+                f"depend on the size of the batch{needed}; start with --batch-invariant off"
+            )
 
     @torch.inference_mode()
     def _kv_shapes(self, text_config: Any) -> dict[int, tuple[int, int, int]]:

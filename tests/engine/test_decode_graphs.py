@@ -23,6 +23,7 @@ import perft_kernels.native
 from perft.config import PerftConfig
 from perft.moe import find_moe_blocks
 from perft_serve.adapters.catalog import AdapterCatalog
+from perft_serve.engine import decode_graphs
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_graphs import buckets
 from perft_serve.engine.decode_inputs import width_class
@@ -250,6 +251,24 @@ def test_what_cannot_be_captured_runs_as_it_is(base: Path, caplog: pytest.LogCap
     warnings = [record.getMessage() for record in caplog.records if "CUDA graphs" in record.getMessage()]
     assert len(warnings) == 1
     assert warnings[0].endswith("cannot capture them: operation not permitted when stream is capturing")
+
+
+def test_what_does_not_run_put_together_is_captured_as_it_is(
+    base: Path, capture: FrozenCapture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fuse(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def fail() -> Tensor:
+            raise RuntimeError("view size is not compatible")
+
+        return fail
+
+    monkeypatch.setattr(decode_graphs, "fuse", fuse)
+    engine = make_engine(base)
+    graphs = with_graphs(engine, capture)
+    with caplog.at_level(logging.INFO):
+        assert_same(run(engine, requests()), run(make_engine(base), requests()))
+    assert graphs.num_captured > 4
+    assert "captured as they are, which is slower: view size is not compatible" in caplog.text
 
 
 def test_a_capture_that_reads_a_value_back_is_refused() -> None:

@@ -1,0 +1,111 @@
+"""The base on a GPU as it is captured, interpreted on a CPU: a few operations a layer, and the tokens of Transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from driving import request, run
+from frozen_step import FrozenCapture
+from tiny import FAMILIES, random_adapters, tiny_model
+from transformers import PreTrainedModel
+
+from perft.attention import find_attention_blocks
+from perft.moe import find_moe_blocks
+from perft_kernels import gpu
+from perft_kernels.fusion import FusedStep, fuse
+from perft_serve.engine import decode_graphs
+from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.engine import Engine
+from perft_serve.engine.gpu_base import StoredLinear, use_gpu_ops
+
+# What a layer of these is, once neighbours are put together.
+ATTENTION = ["linears", "rotate_and_write", "paged_attention", "aten::linear", "add_rms_norm"]
+EXPERTS = ["aten::linear", "router_top_k", "stored_experts", "add_rms_norm"]
+WHOLE = {"olmoe", "mixtral", "qwen3_moe", "gpt_oss"}
+# The others, whose models compute more: the most operations of a layer.
+MOST = {"qwen2_moe": 18, "granitemoe": 11, "deepseek_v3": 54}
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ops that have Triton kernels run them."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the engine's other tests run on the GPU")
+    monkeypatch.setattr(gpu, "takes", lambda *_tensors: True)
+
+
+def make_engine(path: Path, adapters: dict[str, str]) -> Engine:
+    settings = {"max_num_seqs": 4, "kv_memory": 1 << 20, "adapter_memory": 1 << 20, "decode_programs": "off"}
+    return Engine(EngineConfig(model=str(path), adapters=adapters, **settings))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_steps_are_few_operations(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "base")
+    adapters = random_adapters(tmp_path / "adapters", model)
+    name = next(iter(adapters))
+    requests = [request("base", [5, 6, 7], max_tokens=3), request("adapted", [9, 8, 7, 6], name, max_tokens=4)]
+    with monkeypatch.context() as context:
+        context.setattr(gpu, "takes", lambda *_tensors: False)
+        want = run(make_engine(tmp_path / "base", {name: adapters[name]}), requests)
+    steps: list[FusedStep] = []
+
+    def noted(step: object) -> FusedStep:
+        steps.append(fuse(step))  # type: ignore[arg-type]
+        return steps[-1]
+
+    monkeypatch.setattr(decode_graphs, "fuse", noted)
+    engine = make_engine(tmp_path / "base", {name: adapters[name]})
+    runner = engine._runner
+    runner._programs = runner._graphs(FrozenCapture(), max_num_seqs=4, max_pages=8)
+    got = run(engine, requests)
+    assert {key: output.token_ids for key, output in got.items()} == {key: o.token_ids for key, o in want.items()}
+    assert runner._programs.num_captured == len(steps) >= 2
+    names = [name for name in steps[0].names if name not in ("adapter_router", "routed_units")]
+    assert steps[0].names.count("routed_units") == 2
+    if family in WHOLE:
+        first = names.index("rms_norm")
+        assert names[first + 1 :][:18] == 2 * [*ATTENTION, *EXPERTS]
+    else:
+        assert names.count("paged_attention") == 2
+        at = [i for i, name in enumerate(names) if name == "paged_attention"]
+        assert at[1] - at[0] <= MOST[family]
+
+
+def test_a_model_on_a_cpu_is_left_alone() -> None:
+    model = tiny_model("olmoe")
+    before = [type(module) for module in model.modules()]
+    prepare(model, batch_invariant=True)
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])  # both have biases
+def test_batch_invariant_layers_are_those_of_transformers(family: str) -> None:
+    model = tiny_model(family)
+    ids = torch.arange(9).view(1, 9)
+    with torch.inference_mode():
+        want = model(ids).logits
+        prepare(model, batch_invariant=True)
+        got = model(ids).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not any(type(module) is torch.nn.Linear for module in model.modules())
+    assert any(isinstance(module, StoredLinear) for module in model.modules())
+
+
+@pytest.mark.usefixtures("triton")
+def test_weights_that_lie_together_are_those_that_were_there() -> None:
+    model = tiny_model("gpt_oss")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    prepare(model, batch_invariant=False)
+    assert {name for name, _ in model.named_parameters()} == before.keys()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def prepare(model: PreTrainedModel, *, batch_invariant: bool) -> None:
+    use_gpu_ops(model, find_moe_blocks(model), find_attention_blocks(model), batch_invariant=batch_invariant)
