@@ -11,7 +11,9 @@ from pathlib import Path
 from scripts import run_script
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("tokens", "bits", "base", "adapters", "registered", "prefill", "experts")
+PARTS = (
+    *("tokens", "bits", "base", "profile", "adapters", "registered", "prefill", "invariant", "experts", "linears"),
+)
 
 
 def test_every_part_runs(tmp_path: Path) -> None:
@@ -22,12 +24,17 @@ def test_every_part_runs(tmp_path: Path) -> None:
     found = json.loads(line)["parts"]
     assert tuple(found) == PARTS
     assert found["tokens"]["prompts"] == 3
+    if "skipped" not in found["invariant"]:
+        assert found["bits"]["other_bits_invariant"] == 0
+        assert found["invariant"]["prefill_cost"] > 0
+    assert {"1: all kernels", "4: all kernels", "R: all kernels"} <= found["profile"].keys()
     for part, names in {
         "base": ("ours_ms_1_eager", "floor_ms_4", "transformers_eager_ms_4"),
         "adapters": ("R_kept", "E_kept"),
         "registered": ("flat", "ms_6"),
         "prefill": ("mixed_tokens_per_s",),
         "experts": ("speedup_16",),
+        "linears": ("qkv_speedup_16", "head_us_1"),
     }.items():
         for name in names:
             assert found[part][name] > 0, name

@@ -6,8 +6,12 @@ Parts, each a matter of minutes (README.md beside this file says what each shoul
 
     oracle      the authors' own logits, through the engine (tests/engine/test_oracle.py)
     tokens      float32: greedy tokens of the engine are those of Transformers, 32 prompts in one batch
-    bits        bfloat16: requests alone and among 64, graphs on: which tokens and log-probabilities differ in any bit
+    bits        bfloat16: requests alone and among 64, graphs on: which tokens and log-probabilities differ in any bit, as it
+                is and with --batch-invariant on (there, none may)
     base        decode step of the base at batch 1 and 64, context 512: against the floor of the memory, and Transformers
+    profile     what the device does in such a step, base and adapters: its kernels, how often, how long
+    invariant   what --batch-invariant on costs: decode step and prefill against the same without it
+    linears     our linear layer (that of --batch-invariant) against torch's, from 1 to 8192 tokens
     adapters    decode step of 64 sequences on 64 adapters, PERFT-R and PERFT-E, against the base in the same engine
     registered  decode step of 64 sequences on 64 adapters, with 64 and with 2,000 of them in memory
     prefill     64 prompts of 512 tokens, each on its own adapter, against the base
@@ -30,11 +34,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -44,9 +52,12 @@ from harness import CACHE, RESULTS, ROOT, surroundings, write_result
 from models import AdapterMaker
 
 from perft.config import Variant
+from perft_kernels.linear import stored_linear
 from perft_kernels.moe_experts import stored_experts
+from perft_kernels.native import library
 from perft_serve.adapters.catalog import AdapterCatalog
 from perft_serve.engine.config import EngineConfig
+from perft_serve.engine.decode_graphs import DecodeGraphs
 from perft_serve.engine.engine import Engine
 from perft_serve.engine.events import EngineRequest, TokenEvent
 from perft_serve.engine.params import SamplingParams
@@ -176,26 +187,60 @@ class Bench:
         """Milliseconds of a decode step of so many sequences at a context of `context`, median of three rounds."""
         size, times = self.size, []
         for round_ in range(3):
-            prompts = self.prompts(len(names), size.context, seed + round_)
-            requests = [
-                make_request(str(i), prompt, name, size.steps + 8)
-                for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
-            ]
-            for request in requests:
-                engine.submit(request)
-            started: set[str] = set()
-            while len(started) < len(requests):
-                started |= {event.request_id for event in checked(engine.step())}
-            for _ in range(2):  # compiles and captures what is new
-                engine.step()
-            self.synchronize()
+            self.start(engine, names, seed + round_, size.steps + 8)
             start = time.perf_counter()
             for _ in range(size.steps):
                 events = checked(engine.step())
-                assert len(events) == len(requests)
+                assert len(events) == len(names)
             times.append((time.perf_counter() - start) / size.steps * 1e3)
             engine.abort_all()
         return median(times)
+
+    def requests(self, names: Sequence[str | None], seed: int, max_tokens: int) -> list[EngineRequest]:
+        """One for each name, with random prompts of `context` tokens."""
+        prompts = self.prompts(len(names), self.size.context, seed)
+        both = zip(prompts, names, strict=True)
+        return [make_request(str(i), prompt, name, max_tokens) for i, (prompt, name) in enumerate(both)]
+
+    def start(self, engine: Engine, names: Sequence[str | None], seed: int, max_tokens: int) -> None:
+        """Bring sequences so far that every further step decodes, and is compiled and captured."""
+        requests = self.requests(names, seed, max_tokens)
+        for request in requests:
+            engine.submit(request)
+        started: set[str] = set()
+        while len(started) < len(requests):
+            started |= {event.request_id for event in checked(engine.step())}
+        for _ in range(2):
+            engine.step()
+        self.synchronize()
+
+    def prefill_rate(self, engine: Engine, names: Sequence[str | None], seed: int) -> float:
+        """Prompt tokens a second until all of them have their first token, median of three rounds after a first."""
+        times = []
+        for round_ in range(4):
+            requests = self.requests(names, seed + round_, 1)
+            start = time.perf_counter()
+            finish(engine, requests)
+            times.append(time.perf_counter() - start)
+        return len(names) * self.size.context / median(times[1:])
+
+    @torch.inference_mode()
+    def seconds_each(self, run: Callable[[Any], Any], subjects: Sequence[Any]) -> float:
+        """Of `run` for one of the subjects, all of them in turn; the best of three rounds after a first."""
+        samples = []
+        for _ in range(4):
+            self.synchronize()
+            start = time.perf_counter()
+            for subject in subjects:
+                run(subject)
+            self.synchronize()
+            samples.append((time.perf_counter() - start) / len(subjects))
+        return min(samples[1:])
+
+    @property
+    def can_be_invariant(self) -> bool:
+        """Whether `--batch-invariant on` is there: on a GPU, or on a CPU with compiled kernels."""
+        return self.device.type == "cuda" or library() is not None
 
     def adapters(self, count: int, folder: str, variant: Variant, rank: int | None = None) -> dict[str, Path]:
         """Random adapters."""
@@ -287,19 +332,23 @@ def bits(bench: Bench) -> dict[str, Any]:
             requests.append(
                 EngineRequest(request_id=str(i), prompt_ids=plain.prompt_ids, adapter=plain.adapter, params=params)
             )
-        with bench.engine(adapters) as engine:
-            together = finish(engine, requests)
-            again = finish(engine, requests)
-            alone: dict[str, list[tuple[int, float]]] = {}
-            for request in requests[:: max(1, size.batch // 16)]:
-                alone |= finish(engine, [request])
-    if together != again:
-        raise SystemExit("step: the same batch has given two different results")
-    return {
-        "requests_alone": len(alone),
-        "other_tokens": sum([t for t, _ in alone[i]] != [t for t, _ in together[i]] for i in alone),
-        "other_bits": sum(alone[i] != together[i] for i in alone),
-    }
+        found: dict[str, Any] = {}
+        for invariant in ("off", "on") if bench.can_be_invariant else ("off",):
+            with bench.engine(adapters, batch_invariant=invariant) as engine:
+                together = finish(engine, requests)
+                again = finish(engine, requests)
+                alone: dict[str, list[tuple[int, float]]] = {}
+                for request in requests[:: max(1, size.batch // 16)]:
+                    alone |= finish(engine, [request])
+            if together != again:
+                raise SystemExit("step: the same batch has given two different results")
+            mode = "_invariant" if invariant == "on" else ""
+            found[f"requests_alone{mode}"] = len(alone)
+            found[f"other_tokens{mode}"] = sum([t for t, _ in alone[i]] != [t for t, _ in together[i]] for i in alone)
+            found[f"other_bits{mode}"] = sum(alone[i] != together[i] for i in alone)
+    if found.get("other_bits_invariant"):
+        raise SystemExit(f"step: with --batch-invariant on, requests depend on their neighbours: {found}")
+    return found
 
 
 def copy_bandwidth(bench: Bench) -> float:
@@ -369,6 +418,13 @@ def base(bench: Bench) -> dict[str, Any]:
     with bench.engine(async_scheduling="off") as engine:
         for batch in batches:
             found[f"ours_ms_{batch}_one_step_at_a_time"] = bench.decode_ms(engine, [None] * batch, seed=10)
+    if bench.device.type == "cuda":
+        with bench.engine() as engine:
+            programs = engine._runner._programs
+            assert isinstance(programs, DecodeGraphs)
+            programs._fuse = lambda step: step
+            for batch in batches:
+                found[f"ours_ms_{batch}_not_fused"] = bench.decode_ms(engine, [None] * batch, seed=10)
     model = AutoModelForCausalLM.from_pretrained(
         bench.folder, dtype=torch.bfloat16, device_map={"": bench.device}
     ).eval()
@@ -397,6 +453,58 @@ def adapters(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def profile(bench: Bench) -> dict[str, Any]:
+    """Microseconds and launches of each kernel in a decode step, the longest first."""
+    size = bench.size
+    found: dict[str, Any] = {}
+    activity = ProfilerActivity.CUDA if bench.device.type == "cuda" else ProfilerActivity.CPU
+    steps = min(10, size.steps)
+    with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
+        made = bench.adapters(size.batch, folder, "R")
+        with bench.engine(made) as engine:
+            cases: dict[str, list[str | None]] = {"1": [None], f"{size.batch}": [None] * size.batch, "R": [*made]}
+            for label, names in cases.items():
+                bench.start(engine, names, seed=60, max_tokens=steps + 8)
+                with torch_profile(activities=[activity]) as profiler:
+                    for _ in range(steps):
+                        checked(engine.step())
+                    bench.synchronize()
+                engine.abort_all()
+                found |= {f"{label}: {row}": value for row, value in kernel_rows(profiler, steps).items()}
+    return found
+
+
+def kernel_rows(profiler: Any, steps: int) -> dict[str, str]:
+    """A line for each of the 16 kernels that take longest, and one for all of them."""
+    rows = []
+    for event in profiler.key_averages():
+        microseconds = getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total
+        rows.append((microseconds / steps, event.count / steps, event.key))
+    rows.sort(reverse=True)
+    total, launches = (sum(row[i] for row in rows) for i in (0, 1))
+    found = {"all kernels": f"{total:.1f} us in {launches:.0f}"}
+    for microseconds, count, name in rows[:16]:
+        found[name[:60]] = f"{microseconds:.1f} us in {count:.0f}"
+    return found
+
+
+def invariant(bench: Bench) -> dict[str, Any]:
+    """Times with `--batch-invariant on` over those without."""
+    if not bench.can_be_invariant:
+        return {"skipped": "it takes a GPU, or a CPU with compiled kernels"}
+    size = bench.size
+    found: dict[str, Any] = {}
+    for mode in ("off", "on"):
+        with bench.engine(batch_invariant=mode) as engine:
+            for batch in (1, size.batch):
+                found[f"decode_ms_{batch}_{mode}"] = bench.decode_ms(engine, [None] * batch, seed=70)
+            found[f"prefill_tokens_per_s_{mode}"] = bench.prefill_rate(engine, [None] * size.batch, seed=80)
+    for batch in (1, size.batch):
+        found[f"decode_cost_{batch}"] = found[f"decode_ms_{batch}_on"] / found[f"decode_ms_{batch}_off"]
+    found["prefill_cost"] = found["prefill_tokens_per_s_off"] / found["prefill_tokens_per_s_on"]
+    return found
+
+
 def registered(bench: Bench) -> dict[str, Any]:
     """Few adapters in memory, and many."""
     found: dict[str, Any] = {}
@@ -418,17 +526,7 @@ def prefill(bench: Bench) -> dict[str, Any]:
         made = bench.adapters(size.batch, folder, "R")
         with bench.engine(made) as engine:
             for label, names in (("base", [None] * size.batch), ("mixed", list(made))):
-                times = []
-                for round_ in range(4):
-                    prompts = bench.prompts(size.batch, size.context, seed=50 + round_)
-                    requests = [
-                        make_request(str(i), prompt, name, 1)
-                        for i, (prompt, name) in enumerate(zip(prompts, names, strict=True))
-                    ]
-                    start = time.perf_counter()
-                    finish(engine, requests)
-                    times.append(time.perf_counter() - start)
-                found[f"{label}_tokens_per_s"] = size.batch * size.context / median(times[1:])
+                found[f"{label}_tokens_per_s"] = bench.prefill_rate(engine, names, seed=50)
     found["kept"] = found["mixed_tokens_per_s"] / found["base_tokens_per_s"]
     return found
 
@@ -441,10 +539,9 @@ def experts(bench: Bench) -> dict[str, Any]:
     blocks = [layer.mlp.experts for layer in model.model.layers]
     theirs = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
 
-    def ours(block: Any, h: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def ours(block: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
         stored = (block.gate_up_proj, block.down_proj, None, None, False, False, 1.0, 0.0)
-        found: torch.Tensor = stored_experts(h, ids, weights, *stored)
-        return found
+        return stored_experts(hidden_states, top_k_index, top_k_weights, *stored)
 
     found: dict[str, Any] = {}
     num_tokens = 1
@@ -452,26 +549,39 @@ def experts(bench: Bench) -> dict[str, Any]:
         h = torch.randn(num_tokens, bench.config.hidden_size, device=bench.device, dtype=torch.bfloat16)
         scores = torch.rand(num_tokens, bench.config.num_experts, device=bench.device)
         weights, ids = scores.topk(bench.config.num_experts_per_tok)
-        times = {}
-        with torch.inference_mode():
-            for label, run in (("ours", ours), ("grouped_mm", theirs)):
-                samples = []
-                for _ in range(4):
-                    bench.synchronize()
-                    start = time.perf_counter()
-                    for block in blocks:
-                        run(block, h, ids, weights.to(h.dtype))
-                    bench.synchronize()
-                    samples.append((time.perf_counter() - start) / len(blocks))
-                times[label] = min(samples[1:])
+        given = {"hidden_states": h, "top_k_index": ids, "top_k_weights": weights.to(h.dtype)}
+        times = {
+            label: bench.seconds_each(partial(run, **given), blocks)
+            for label, run in (("ours", ours), ("grouped_mm", theirs))
+        }
         found[f"ours_us_{num_tokens}"] = times["ours"] * 1e6
         found[f"speedup_{num_tokens}"] = times["grouped_mm"] / times["ours"]
         num_tokens *= 4
     return found
 
 
+def linears(bench: Bench) -> dict[str, Any]:
+    """Linear layers of the base's shapes; weights take turns, so that they come from memory and not from a cache."""
+    c = bench.config
+    found: dict[str, Any] = {}
+    shapes = {"qkv": (3 * c.hidden_size, 16), "o": (c.hidden_size, 16), "head": (c.vocab_size, 2)}
+    for label, (num_rows, count) in shapes.items():
+        shape = (count, num_rows, c.hidden_size)
+        weights = list(torch.randn(shape, device=bench.device, dtype=torch.bfloat16))
+        num_tokens = 1
+        while num_tokens <= bench.size.most_tokens:
+            x = torch.randn(num_tokens, c.hidden_size, device=bench.device, dtype=torch.bfloat16)
+            ours = bench.seconds_each(partial(stored_linear, x, bias_N=None), weights)
+            torchs = bench.seconds_each(partial(F.linear, x), weights)
+            found[f"{label}_us_{num_tokens}"] = ours * 1e6
+            found[f"{label}_speedup_{num_tokens}"] = torchs / ours
+            num_tokens *= 4
+    return found
+
+
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    part.__name__: part for part in (oracle, tokens, bits, base, adapters, registered, prefill, experts)
+    part.__name__: part
+    for part in (oracle, tokens, bits, base, profile, adapters, registered, prefill, invariant, experts, linears)
 }
 
 

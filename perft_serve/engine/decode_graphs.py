@@ -73,6 +73,7 @@ class DecodeGraphs:
         forward: the model: logits `[N, V]` of a batch's tokens (given as a tensor of rows).
         arena: the adapters' memory; where its tables are made anew, so are the graphs that read them.
         capture: what captures a step.
+        fuse: puts a step's operations together before it is captured.
         device: where the model is.
         base_top_k: base experts that a token takes, and so the adapter experts of PERFT-E.
         max_num_seqs: the most sequences in a batch.
@@ -89,12 +90,14 @@ class DecodeGraphs:
         capture: Capture,
         device: torch.device,
         *,
+        fuse: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] = fuse,
         base_top_k: int,
         max_num_seqs: int,
         max_pages: int,
     ) -> None:
         self._forward = forward
         self._capture = capture
+        self._fuse = fuse
         self._buckets = buckets(max_num_seqs)
         self._width = width_class(max(MIN_WIDTH, base_top_k))
         self._tables = Tables(arena)
@@ -145,7 +148,7 @@ class DecodeGraphs:
 
     def _fused(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """The step with neighbouring operations put together; as it is, if it does not run so."""
-        fused = fuse(step)
+        fused = self._fuse(step)
         try:
             fused()
         except RuntimeError as error:

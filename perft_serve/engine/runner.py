@@ -222,7 +222,7 @@ class Runner:
             with_logprobs=[i for i, seq in enumerate(sampled) if seq.request.params.logprobs is not None],
         )
 
-    def _graphs(self, capture: Capture, **sizes: int) -> DecodeGraphs:
+    def _graphs(self, capture: Capture, **sizes: Any) -> DecodeGraphs:
         return DecodeGraphs(self._forward, self.arena, capture, self.device, base_top_k=self._seam.base_top_k, **sizes)
 
     def _max_pages(self, config: EngineConfig) -> int:

@@ -23,7 +23,6 @@ import perft_kernels.native
 from perft.config import PerftConfig
 from perft.moe import find_moe_blocks
 from perft_serve.adapters.catalog import AdapterCatalog
-from perft_serve.engine import decode_graphs
 from perft_serve.engine.config import EngineConfig
 from perft_serve.engine.decode_graphs import buckets
 from perft_serve.engine.decode_inputs import width_class
@@ -96,10 +95,10 @@ def capture() -> FrozenCapture:
     return FrozenCapture()
 
 
-def with_graphs(engine: Engine, capture: Callable[..., Any]) -> Any:
+def with_graphs(engine: Engine, capture: Callable[..., Any], **settings: Any) -> Any:
     """Give the engine graphs, as it has them on a GPU; returns them."""
     runner = engine._runner
-    runner._programs = runner._graphs(capture, max_num_seqs=12, max_pages=8)
+    runner._programs = runner._graphs(capture, max_num_seqs=12, max_pages=8, **settings)
     return runner._programs
 
 
@@ -254,7 +253,7 @@ def test_what_cannot_be_captured_runs_as_it_is(base: Path, caplog: pytest.LogCap
 
 
 def test_what_does_not_run_put_together_is_captured_as_it_is(
-    base: Path, capture: FrozenCapture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    base: Path, capture: FrozenCapture, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fuse(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def fail() -> Tensor:
@@ -262,9 +261,8 @@ def test_what_does_not_run_put_together_is_captured_as_it_is(
 
         return fail
 
-    monkeypatch.setattr(decode_graphs, "fuse", fuse)
     engine = make_engine(base)
-    graphs = with_graphs(engine, capture)
+    graphs = with_graphs(engine, capture, fuse=fuse)
     with caplog.at_level(logging.INFO):
         assert_same(run(engine, requests()), run(make_engine(base), requests()))
     assert graphs.num_captured > 4
