@@ -49,7 +49,11 @@ def compile_all(calls: dict[str, Callable[[], Any]], capability: int) -> list[st
             products = sorted(
                 set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]))
             )
-            needs = f"{shared} bytes of shared memory; {', '.join(products) or 'no tensor cores'}"
+            # how many copies into shared memory are still under way when a loop goes on: 0 is one that waits for its own
+            under_way = max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])), default=0)
+            needs = (
+                f"{shared} bytes of shared memory, {under_way} copies ahead; {', '.join(products) or 'no tensor cores'}"
+            )
             found.append(f"sm_{capability} {label} {compiled.name}: {needs}")
 
         return launch
@@ -96,11 +100,13 @@ def small(dtype: torch.dtype, num_tokens: int) -> None:
     from perft_kernels.gpu.base_router import router_top_k
     from perft_kernels.gpu.rms_norm import rms_norm
     from perft_kernels.gpu.rotary import rotary_kv_write
+    from perft_kernels.gpu.silu_mul import silu_mul
 
     h_TD = torch.zeros(num_tokens, 2048, dtype=dtype)
     for residual in (None, h_TD):
         rms_norm(h_TD, residual, h_TD[0], 1e-6)
     router_top_k(h_TD[:, :64], 8, False, dtype)
+    silu_mul(h_TD[:, :1024], h_TD[:, 1024:])
     heads, pages = h_TD.unflatten(1, (16, 128)), torch.zeros(4, 16, 16, 128, dtype=dtype)
     for weight, turn in ((None, 128), (h_TD[0], 128), (h_TD[0, :128], 64)):
         rotary_kv_write(
@@ -156,7 +162,7 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "bfloat16 64": lambda: linear(torch.bfloat16, 64),
         "bfloat16 512": lambda: linear(torch.bfloat16, 512),
     },
-    "rms_norm, base_router, rotary": {"bfloat16": lambda: small(torch.bfloat16, 8)},
+    "rms_norm, base_router, rotary, silu_mul": {"bfloat16": lambda: small(torch.bfloat16, 8)},
     "adapter_router": {"bfloat16": lambda: router(torch.bfloat16)},
     "routed_units": {
         "bfloat16 64": lambda: units(torch.bfloat16, torch.bfloat16, 64),

@@ -9,6 +9,7 @@ package and at what becomes of their results.
     |---------------------------------------------------------------------|-------------------|
     | a sum, and `rms_norm` of it                                         | `add_rms_norm`    |
     | linear layers of one input, whose weights lie one behind the other  | one linear layer  |
+    | SiLU, and a product with it                                         | `silu_mul`        |
     | rotary embeddings of queries and keys, `rms_norm` before them, if   | `rotary_kv_write` |
     | there is one, and `kv_write` before `paged_attention`               |                   |
 
@@ -33,6 +34,7 @@ from perft_kernels.linear import stored_linear
 from perft_kernels.paged_attention import kv_write, paged_attention
 from perft_kernels.rms_norm import add_rms_norm, rms_norm
 from perft_kernels.rotary import rotary_kv_write
+from perft_kernels.silu_mul import silu_mul
 
 aten = torch.ops.aten
 _LINEARS = (aten.linear.default, stored_linear)
@@ -190,6 +192,7 @@ def fuse(step: Callable[[], Any]) -> FusedStep:
     graph.join_linears()
     graph.rotate_and_write()
     graph.add_and_normalize()
+    graph.activate_and_multiply()
     graph.drop_unused()
     return FusedStep(graph.calls, graph.result)
 
@@ -216,20 +219,21 @@ class _Graph:
 
     def join_linears(self) -> None:
         """Linear layers of one input whose weights lie one behind the other, and their biases, become one."""
-        groups: dict[tuple[_Function, _Value], list[_Call]] = {}
+        groups: list[list[_Call]] = []
         for call in self.calls:
-            if call.function in _LINEARS and isinstance(call.args[0], _Value):
-                groups.setdefault((call.function, call.args[0]), []).append(call)
-        for (function, x), group in groups.items():
-            weights = [call.args[1] for call in group]
-            biases = [call.args[2] if len(call.args) > 2 else None for call in group]
-            weight, bias = _joined(weights), _joined(biases)
-            untouched = all(self._is_untouched(value) for call in group for value in (x, *call.results))
-            if len(group) == 1 or weight is None or (bias is None) != (biases == [None] * len(biases)) or not untouched:
+            if call.function not in _LINEARS or not all(map(self._is_untouched, (call.args[0], *call.results))):
                 continue
-            sizes = [w.shape[0] for w in weights]
-            joined = _Call(_linears, (function, x, weight, bias, sizes), results=[c.results[0] for c in group])
-            self._put(joined, group[0], group)
+            found = next((group for group in groups if _joined_linears([*group, call]) is not None), None)
+            if found is None:
+                groups.append([call])
+            else:
+                found.append(call)
+        for group in groups:
+            if len(group) > 1:
+                args = _joined_linears(group)
+                assert args is not None
+                joined = _Call(_linears, args, results=[call.results[0] for call in group])
+                self._put(joined, group[0], group)
 
     def rotate_and_write(self) -> None:
         """What stands between projections and attention becomes one."""
@@ -270,6 +274,17 @@ class _Graph:
             if alike and self._is_untouched(add.results[0]):
                 fused = _Call(add_rms_norm, (a, b, *norm.args[1:]), results=[add.results[0], norm.results[0]])
                 self._put(fused, add, [add, norm])
+
+    def activate_and_multiply(self) -> None:
+        """A SiLU and a product with it become one."""
+        for product in [call for call in self.calls if call.function is aten.mul.Tensor]:
+            silu, up = self._arguments(product.results[0], aten.mul.Tensor) or (None, None)
+            gate = self._argument(silu, aten.silu.default)
+            alike = (
+                isinstance(up, _Value) and isinstance(gate, _Value) and (gate.shape, gate.dtype) == (up.shape, up.dtype)
+            )
+            if alike and all(self._is_untouched(value) for value in (gate, silu, up)):
+                self._put(_Call(silu_mul, (gate, up), results=product.results), product, [product])
 
     def drop_unused(self) -> None:
         """Leave out what is neither wanted nor written to what was there before."""
@@ -373,8 +388,9 @@ class _Graph:
             return None
         return call.args  # type: ignore[return-value]
 
-    def _is_untouched(self, value: _Value) -> bool:
-        return (value.memory or value) not in self._written
+    def _is_untouched(self, value: Any) -> bool:
+        """Whether it is a value whose memory is never written to after it was made."""
+        return isinstance(value, _Value) and (value.memory or value) not in self._written
 
     def _put(self, call: _Call, where: _Call, instead_of: Sequence[_Call]) -> None:
         """Put a call where another is, instead of some."""
@@ -393,6 +409,20 @@ class _Rotation:
     norm: tuple[Tensor, float] | None
     cos: Any
     sin: Any
+
+
+def _joined_linears(calls: Sequence[_Call]) -> tuple[Any, ...] | None:
+    """The arguments of `_linears` that does the same as all of these; `None` if there are none."""
+    function, x = calls[0].function, calls[0].args[0]
+    if any((call.function, call.args[0]) != (function, x) for call in calls):
+        return None
+    weights = [call.args[1] for call in calls]
+    biases = [call.args[2] if len(call.args) > 2 else None for call in calls]
+    weight, bias = _joined(weights), _joined(biases)
+    has_bias = any(bias is not None for bias in biases)
+    if weight is None or (has_bias and bias is None):
+        return None
+    return function, x, weight, bias, [w.shape[0] for w in weights]
 
 
 def _linears(

@@ -1,9 +1,10 @@
 """The base on a GPU: the same model with operations of ours where it has many small ones.
 
 In: a model on a GPU. Out: the same model, whose norms and routers are one or two operations and whose rotary embeddings are
-looked up (`fewer_ops.py`), whose experts are ours (`base_experts.py`), and whose weights of queries, keys and values lie one
-behind the other in memory, so that a captured step reads them as one (`perft_kernels.fusion`). Where results must not depend on
-the batch to the last bit, linear layers are ours too. It knows no family of models.
+looked up (`fewer_ops.py`), whose experts are ours (`base_experts.py`), and whose weights of queries, keys and values, and of
+gate and up in gated MLPs, lie one behind the other in memory, so that a captured step reads them as one
+(`perft_kernels.fusion`). Where results must not depend on the batch to the last bit, linear layers are ours too. It knows no
+family of models.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from perft.attention import AttentionBlock
 from perft.moe import MoeBlock
 from perft_kernels import gpu
 from perft_kernels.linear import stored_linear
 from perft_serve.engine.base_experts import use_kernels
 from perft_serve.engine.fewer_ops import fewer_ops, replace
 
-_TOGETHER = ("q_proj", "k_proj", "v_proj")
+# Children of one module that are given the same input.
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class StoredLinear(nn.Module):
@@ -39,9 +40,7 @@ class StoredLinear(nn.Module):
 
 
 @torch.no_grad()
-def use_gpu_ops(
-    model: PreTrainedModel, blocks: Sequence[MoeBlock], attention: Sequence[AttentionBlock], *, batch_invariant: bool
-) -> None:
+def use_gpu_ops(model: PreTrainedModel, blocks: Sequence[MoeBlock], *, batch_invariant: bool) -> None:
     """Replace what our GPU kernels can compute, in place; does nothing to a model that they are not for.
 
     Args:
@@ -49,9 +48,9 @@ def use_gpu_ops(
     """
     if not gpu.takes(model.get_input_embeddings().weight):
         return
-    for block in attention:
-        _lie_together([getattr(model.get_submodule(block.name), name, None) for name in _TOGETHER])
     for name, module in list(model.named_modules()):
+        for names in _TOGETHER:
+            _lie_together([getattr(module, child, None) for child in names])
         if batch_invariant and type(module) is nn.Linear:
             replace(model, name, StoredLinear(module))
         elif (other := fewer_ops(module, model, batch_invariant=batch_invariant)) is not None:

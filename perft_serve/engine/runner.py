@@ -128,7 +128,7 @@ class Runner:
         blocks, attention = find_moe_blocks(self._model), find_attention_blocks(self._model)
         pack(self._model, blocks)
         is_invariant = config.batch_invariant == "on"
-        use_gpu_ops(self._model, blocks, attention, batch_invariant=is_invariant)
+        use_gpu_ops(self._model, blocks, batch_invariant=is_invariant)
         self._seam = Seam()
         install(self._model, blocks, attention, self._seam)
         shapes = self._kv_shapes(text_config)

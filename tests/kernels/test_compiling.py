@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,24 @@ def test_batch_invariant_products_have_one_instruction_for_every_number_of_token
     assert len(invariant) == 3 * 4 < len(experts)
     for lines in (compiled("linear"), invariant):
         assert {line.rpartition("; ")[2] for line in lines} == {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"}
+
+
+@pytest.mark.parametrize(
+    ("op", "kernels"),
+    [
+        ("paged_attention", ["_attend_splits"]),
+        ("moe_experts", ["_gate_up", "_down"]),
+        ("adapter_router", ["_adapter_router"]),
+        ("routed_units", ["_shrink_tokens", "_expand_tokens"]),
+    ],
+)
+def test_what_decodes_loads_ahead(op: str, kernels: list[str]) -> None:
+    """Whether a loop does is up to Triton, which stops at a branch or at a chain of loads without a word; no result tells."""
+    for kernel in kernels:
+        lines = [line for line in compiled(op) if f"bfloat16 128 {kernel}" in line or f"bfloat16 64 {kernel}" in line]
+        lines = lines or [line for line in compiled(op) if f"bfloat16 {kernel}" in line]
+        assert lines
+        for line in lines:
+            copies = re.search(r"(\d+) copies ahead", line)
+            assert copies is not None
+            assert int(copies[1]) > 0, line

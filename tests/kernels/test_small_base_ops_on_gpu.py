@@ -1,5 +1,5 @@
-"""What stands between the large products of the base on a GPU (`rms_norm`, `add_rms_norm`, `router_top_k`, `rotary_kv_write`):
-in plain torch and in Triton, against the operations of Transformers' models.
+"""What stands between the large products of the base on a GPU (`rms_norm`, `add_rms_norm`, `router_top_k`, `rotary_kv_write`,
+`silu_mul`): in plain torch and in Triton, against the operations of Transformers' models.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm, apply_rotary_pos_emb
 
@@ -15,6 +16,7 @@ from perft_kernels.base_router import router_top_k
 from perft_kernels.paged_attention import kv_write
 from perft_kernels.rms_norm import add_rms_norm, rms_norm
 from perft_kernels.rotary import rotary_kv_write
+from perft_kernels.silu_mul import silu_mul
 
 BACKENDS = ("torch", "triton")
 GPU_ONLY = pytest.param(
@@ -158,11 +160,23 @@ def test_rotary_kv_write(
     assert torch.equal(pages[1], want_pages[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (2, 3, 1500), (0, 8)])
+def test_silu_mul(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Of the halves of wider rows, large and small."""
+    both = random(*shape[:-1], 2 * shape[-1], dtype=dtype, device=device) * 20
+    gate, up = both.chunk(2, dim=-1)
+    y = silu_mul(gate, up)
+    assert y.is_contiguous()
+    assert_near(y, F.silu(gate) * up)
+
+
 def test_the_ops_are_well_formed(device: torch.device) -> None:
     tests = ("test_schema", "test_faketensor")
     x, weight = (random(*shape, dtype=torch.float32, device=device) for shape in ((3, 16), (16,)))
     torch.library.opcheck(rms_norm.op, (x, weight, 1e-6), test_utils=tests)
     torch.library.opcheck(add_rms_norm.op, (x, x, weight, 1e-6), test_utils=tests)
+    torch.library.opcheck(silu_mul.op, (x, x), test_utils=tests)
     torch.library.opcheck(router_top_k.op, (x, 2, True, torch.float16), test_utils=tests)
     heads, pages = x.unflatten(1, (2, 8)), torch.zeros(2, 4, 2, 8, device=device)
     turn, slots = x[:, :8].contiguous(), torch.arange(3, device=device)
