@@ -39,7 +39,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from perft.base import load_base
+from perft.base import load_base, load_config, random_base
 from perft.config import PerftConfig
 from perft.fleet import train_many
 from perft.lora import LoraRecipe
@@ -134,7 +134,9 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
 
     def way(config: Any, **more: Any) -> Way:
         torch.manual_seed(0)
-        base = load_base(folder, "bfloat16" if device.type == "cuda" else "float32", device)
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        is_dummy = options.load_format == "dummy"
+        base = random_base(load_config(folder), dtype, device) if is_dummy else load_base(folder, dtype, device)
         with contextlib.redirect_stdout(io.StringIO()):
             model = get_peft_model(base, config(base) if callable(config) else config)
         model.train()
@@ -242,6 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: both)")
     parser.add_argument("--model", default="S", help="S (the demo base), R, or a folder (default S)")
+    parser.add_argument(
+        "--load-format",
+        choices=("auto", "dummy"),
+        default="auto",
+        help="step: dummy: random weights for the folder's config",
+    )
     parser.add_argument("--batch", type=int, default=4, help="step: rows (default 4)")
     parser.add_argument("--length", type=int, default=64, help="step: tokens in a row (default 64)")
     parser.add_argument(

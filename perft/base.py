@@ -1,4 +1,4 @@
-"""Base models by name: whole, to train on or to serve, or as a skeleton without weights.
+"""Base models by name: whole, to train on or to serve, with random weights, or as a skeleton without any.
 
 In: what names a base (a folder, a hub id) or its config. Out: the model, or its skeleton on the meta device, which is enough
 to find its MoE blocks and to count its parameters: no tensor is read or made, so an 8x7B costs a second and no memory.
@@ -7,6 +7,7 @@ to find its MoE blocks and to count its parameters: no tensor is read or made, s
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -37,6 +38,23 @@ def load_base(base: str, dtype: str, device: torch.device | None = None) -> PreT
     return model
 
 
+def random_base(config: PreTrainedConfig, dtype: str, device: torch.device | None = None) -> PreTrainedModel:
+    """A model of this config with weights as random as its family begins with: to measure a base without having it. The same
+    for the same config, dtype and kind of device.
+
+    Args:
+        dtype, device: as of `load_base`; `auto` is the config's own, or float32.
+
+    Raises:
+        BaseModelError: Transformers has no causal language model for the config.
+    """
+    device = device or torch.device("cpu")
+    wanted = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        return _from_config(config, dtype=wanted)
+
+
 def load_config(base: str | Path) -> PreTrainedConfig:
     """The config of the base model `base`.
 
@@ -55,9 +73,13 @@ def build_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         BaseModelError: Transformers has no causal language model for it.
     """
+    with torch.device("meta"):
+        return _from_config(config)
+
+
+def _from_config(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **settings)
     except ValueError as error:
         raise BaseModelError(
             f"no causal language model for model type {config.model_type!r}: {first_line(error)}"

@@ -12,7 +12,19 @@ from scripts import run_script
 
 ROOT = Path(__file__).parents[1]
 PARTS = (
-    *("tokens", "bits", "base", "profile", "adapters", "registered", "prefill", "invariant", "experts", "linears"),
+    *(
+        "tokens",
+        "bits",
+        "base",
+        "profile",
+        "capture",
+        "adapters",
+        "registered",
+        "prefill",
+        "invariant",
+        "experts",
+        "linears",
+    ),
 )
 
 

@@ -1,6 +1,7 @@
-"""What only a GPU can show, on a random model of OLMoE-1B-7B's shape: that the engine is right, and how fast a step is.
+"""What only a GPU can show, on a random model of OLMoE-1B-7B's shape or Mixtral-8x7B's: that the engine is right, and how fast
+a step is. The model is made on the device whenever it is wanted: nothing is read or written but adapters.
 
-    python bench/gpu/step.py [PART ...] [--tiny]
+    python bench/gpu/step.py [PART ...] [--model mixtral-8x7b] [--tiny]
 
 Parts, each a matter of minutes (README.md beside this file says what each should show):
 
@@ -10,6 +11,7 @@ Parts, each a matter of minutes (README.md beside this file says what each shoul
                 is and with --batch-invariant on (there, none may)
     base        decode step of the base at batch 1 and 64, context 512: against the floor of the memory, and Transformers
     profile     what the device does in such a step, base and adapters: its kernels, how often, how long
+    capture     how long capturing every decode step at the start takes, and that all of them can be
     invariant   what --batch-invariant on costs: decode step and prefill against the same without it
     linears     our linear layer (that of --batch-invariant) against torch's, from 1 to 8192 tokens
     adapters    decode step of 64 sequences on 64 adapters, PERFT-R and PERFT-E, against the base in the same engine
@@ -43,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
-from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM
+from transformers import MixtralConfig, OlmoeConfig, PreTrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,24 +53,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness import CACHE, RESULTS, ROOT, surroundings, write_result
 from models import AdapterMaker
 
+from perft.base import build_skeleton, random_base
 from perft.config import Variant
+from perft.moe import find_moe_blocks
 from perft_kernels.linear import stored_linear
 from perft_kernels.moe_experts import stored_experts
 from perft_kernels.native import library
 from perft_serve.adapters.catalog import AdapterCatalog
 from perft_serve.engine.config import EngineConfig
-from perft_serve.engine.decode_graphs import DecodeGraphs
+from perft_serve.engine.decode_graphs import DecodeGraphs, buckets
 from perft_serve.engine.engine import Engine
 from perft_serve.engine.events import EngineRequest, TokenEvent
 from perft_serve.engine.params import SamplingParams
 
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """A model's shape, and how much of everything is asked for."""
+    """A model, and how much of everything is asked for."""
 
     name: str
-    shape: dict[str, int]
+    config: PreTrainedConfig
     batch: int = 64
     context: int = 512
     steps: int = 100
@@ -80,20 +86,23 @@ class Size:
     copied_bytes: int = 1 << 30
 
 
-FULL = Size(name="olmoe-1b-7b", shape={})  # the defaults of OlmoeConfig are its shape
+# The defaults of OlmoeConfig and MixtralConfig are the shapes of these two.
+OLMOE = Size(name="olmoe-1b-7b", config=OlmoeConfig(**_NO_TOKENS, norm_topk_prob=False))
+MIXTRAL = Size(name="mixtral-8x7b", config=MixtralConfig(**_NO_TOKENS), registered=256)
 TINY = Size(
     name="olmoe-tiny",
-    shape={
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 128,
-    },
+    config=OlmoeConfig(
+        **_NO_TOKENS,
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    ),
     batch=4,
     context=24,
     steps=3,
@@ -104,39 +113,26 @@ TINY = Size(
     kv_memory=1 << 22,
     copied_bytes=1 << 20,
 )
+SIZES = {size.name: size for size in (OLMOE, MIXTRAL)}
 
 
 class Bench:
-    """A random model on disk, and what the parts do with it.
+    """A random model, which is made on the device whenever it is wanted, and what the parts do with it.
 
     Args:
         size: of the model and of all that is asked of it.
-        scratch: folder for the model, which stays there, and for adapters, which do not.
+        scratch: folder for the model's config, which stays there, and for adapters, which do not.
     """
 
     def __init__(self, size: Size, scratch: Path) -> None:
-        self.size, self.scratch = size, scratch
+        self.size, self.scratch, self.config = size, scratch, size.config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.folder = scratch / f"random-{size.name}"
-        self.config = OlmoeConfig(
-            **size.shape,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            tie_word_embeddings=False,
-            norm_topk_prob=False,
-        )
-        if not self.folder.exists():
-            torch.manual_seed(0)
-            torch.set_default_dtype(torch.bfloat16)
-            with self.device:
-                model = OlmoeForCausalLM(self.config)
-            torch.set_default_dtype(torch.float32)
-            partial = self.folder.with_name(f"{self.folder.name}.partial")
-            model.save_pretrained(partial)
-            partial.rename(self.folder)
-            del model
-            self.clean()
+        self.config.save_pretrained(self.folder)
+
+    def model(self, dtype: str = "bfloat16") -> Any:
+        """The engine's model, as Transformers has it."""
+        return random_base(self.config, dtype, self.device).eval()
 
     def clean(self) -> None:
         """Give memory back."""
@@ -167,6 +163,7 @@ class Bench:
                 model=str(self.folder),
                 adapters={name: str(path) for name, path in adapters.items()},
                 dtype=dtype,
+                load_format="dummy",
                 kv_memory=size.kv_memory,
                 adapter_memory=max(int(weight * 1.1), 1 << 20),
                 host_adapter_memory=max(int(weight * 1.1), 1 << 20),
@@ -297,9 +294,7 @@ def tokens(bench: Bench) -> dict[str, Any]:
     prompts = bench.prompts(count, bench.size.context // 4, seed=1)
     with bench.engine(dtype="float32") as engine:
         ours = finish(engine, [make_request(str(i), prompt, None, num_tokens) for i, prompt in enumerate(prompts)])
-    model = AutoModelForCausalLM.from_pretrained(
-        bench.folder, dtype=torch.float32, device_map={"": bench.device}
-    ).eval()
+    model = bench.model("float32")
     settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
     different = []
     for i, prompt in enumerate(prompts):  # one at a time: nothing padded, nothing that depends on the others
@@ -369,13 +364,14 @@ def step_bytes(bench: Bench, batch: int) -> float:
     """Bytes that a decode step of the base must read: weights once, of the base experts those that are chosen (as many as
     independent choices make of them), keys and values of the context.
     """
-    c = bench.config
+    c: Any = bench.config
+    num_experts = find_moe_blocks(build_skeleton(c))[0].num_experts
     head = c.hidden_size // c.num_attention_heads
     attention = c.hidden_size * head * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
-    chosen = c.num_experts * (1 - (1 - c.num_experts_per_tok / c.num_experts) ** batch)
+    chosen = num_experts * (1 - (1 - c.num_experts_per_tok / num_experts) ** batch)
     experts = chosen * 3 * c.hidden_size * c.intermediate_size
     kv = batch * bench.size.context * 2 * c.num_key_value_heads * head
-    layer = attention + experts + c.hidden_size * c.num_experts + kv
+    layer = attention + experts + c.hidden_size * num_experts + kv
     return 2.0 * (c.num_hidden_layers * layer + c.vocab_size * c.hidden_size)
 
 
@@ -425,9 +421,7 @@ def base(bench: Bench) -> dict[str, Any]:
             programs._fuse = lambda step: step
             for batch in batches:
                 found[f"ours_ms_{batch}_not_fused"] = bench.decode_ms(engine, [None] * batch, seed=10)
-    model = AutoModelForCausalLM.from_pretrained(
-        bench.folder, dtype=torch.bfloat16, device_map={"": bench.device}
-    ).eval()
+    model = bench.model()
     for batch in batches:
         floor = step_bytes(bench, batch) / bandwidth * 1e3
         ours = found.get(f"ours_ms_{batch}", found[f"ours_ms_{batch}_eager"])
@@ -505,6 +499,30 @@ def invariant(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def capture(bench: Bench) -> dict[str, Any]:
+    """Seconds until a server with `--cuda-graphs start` has captured every step it may need."""
+    if bench.device.type != "cuda":
+        return {"skipped": "there is no GPU"}
+    with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
+        made = bench.adapters(1, folder, "R")
+        start = time.perf_counter()
+        with bench.engine(made, cuda_graphs="off"):
+            without = time.perf_counter() - start
+        start = time.perf_counter()
+        with bench.engine(made, cuda_graphs="start") as engine:
+            seconds = time.perf_counter() - start
+            programs = engine._runner._programs
+            assert isinstance(programs, DecodeGraphs)
+            captured, wanted = programs.num_captured, 2 * len(buckets(bench.size.batch))
+            bench.decode_ms(engine, list(made), seed=90)
+            bench.decode_ms(engine, [None], seed=90)
+            if captured != wanted or programs.num_captured != wanted:
+                raise SystemExit(
+                    f"step: {captured} steps captured at the start and {programs.num_captured} in all, not {wanted}"
+                )
+    return {"captured": captured, "seconds": seconds - without, "start_without_seconds": without}
+
+
 def registered(bench: Bench) -> dict[str, Any]:
     """Few adapters in memory, and many."""
     found: dict[str, Any] = {}
@@ -533,10 +551,9 @@ def prefill(bench: Bench) -> dict[str, Any]:
 
 def experts(bench: Bench) -> dict[str, Any]:
     """One MoE block's base experts; layers take turns, so that weights come from memory and not from a cache."""
-    model = AutoModelForCausalLM.from_pretrained(
-        bench.folder, dtype=torch.bfloat16, device_map={"": bench.device}
-    ).eval()
-    blocks = [layer.mlp.experts for layer in model.model.layers]
+    model = bench.model()
+    blocks = [model.get_submodule(block.name) for block in find_moe_blocks(model)]
+    c: Any = bench.config
     theirs = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
 
     def ours(block: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
@@ -546,9 +563,9 @@ def experts(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     num_tokens = 1
     while num_tokens <= bench.size.most_tokens:
-        h = torch.randn(num_tokens, bench.config.hidden_size, device=bench.device, dtype=torch.bfloat16)
-        scores = torch.rand(num_tokens, bench.config.num_experts, device=bench.device)
-        weights, ids = scores.topk(bench.config.num_experts_per_tok)
+        h = torch.randn(num_tokens, c.hidden_size, device=bench.device, dtype=torch.bfloat16)
+        scores = torch.rand(num_tokens, blocks[0].num_experts, device=bench.device)
+        weights, ids = scores.topk(c.num_experts_per_tok)
         given = {"hidden_states": h, "top_k_index": ids, "top_k_weights": weights.to(h.dtype)}
         times = {
             label: bench.seconds_each(partial(run, **given), blocks)
@@ -562,7 +579,7 @@ def experts(bench: Bench) -> dict[str, Any]:
 
 def linears(bench: Bench) -> dict[str, Any]:
     """Linear layers of the base's shapes; weights take turns, so that they come from memory and not from a cache."""
-    c = bench.config
+    c: Any = bench.config
     found: dict[str, Any] = {}
     shapes = {"qkv": (3 * c.hidden_size, 16), "o": (c.hidden_size, 16), "head": (c.vocab_size, 2)}
     for label, (num_rows, count) in shapes.items():
@@ -581,7 +598,20 @@ def linears(bench: Bench) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     part.__name__: part
-    for part in (oracle, tokens, bits, base, profile, adapters, registered, prefill, invariant, experts, linears)
+    for part in (
+        oracle,
+        tokens,
+        bits,
+        base,
+        profile,
+        capture,
+        adapters,
+        registered,
+        prefill,
+        invariant,
+        experts,
+        linears,
+    )
 }
 
 
@@ -589,6 +619,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the parts that are asked for, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--model", choices=SIZES, default=OLMOE.name, help=f"its shape (default {OLMOE.name})")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, on a CPU too: that the bench itself works")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu_step.jsonl", help="file to append the result to")
     options = parser.parse_args(arguments)
@@ -597,7 +628,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.tiny and not torch.cuda.is_available():
         parser.error("there is no GPU here (--tiny runs on a CPU)")
     load = os.getloadavg()[0]
-    size, scratch = (TINY, Path(tempfile.mkdtemp())) if options.tiny else (FULL, CACHE / "bench")
+    size, scratch = (TINY, Path(tempfile.mkdtemp())) if options.tiny else (SIZES[options.model], CACHE / "bench")
     scratch.mkdir(parents=True, exist_ok=True)
     try:
         found = measure(Bench(size, scratch), options.parts or list(PARTS))

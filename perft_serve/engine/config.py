@@ -30,6 +30,14 @@ class EngineConfig:
             "choices": ("auto", "float32", "bfloat16", "float16"),
         },
     )
+    load_format: str = field(
+        default="auto",
+        metadata={
+            "help": "auto (the checkpoint's weights) or dummy (random ones: to measure a base of which only the config, and "
+            "for the server the tokenizer, is there).",
+            "choices": ("auto", "dummy"),
+        },
+    )
     device: str = field(default="auto", metadata={"help": "auto (a GPU if there is one), cpu, cuda or cuda:N."})
     max_num_seqs: int = field(default=64, metadata={"help": "The most requests that run in one step."})
     max_num_batched_tokens: int = field(
@@ -106,6 +114,8 @@ class EngineConfig:
         for name in ("prefix_caching", "decode_programs", "batch_invariant"):
             if getattr(self, name) not in ("on", "off"):
                 raise ValueError(f"{name} must be 'on' or 'off', got {getattr(self, name)!r}")
+        if self.load_format not in ("auto", "dummy"):
+            raise ValueError(f"load_format must be 'auto' or 'dummy', got {self.load_format!r}")
         if self.scheduling_policy not in ("fcfs", "priority"):
             raise ValueError(f"scheduling_policy must be 'fcfs' or 'priority', got {self.scheduling_policy!r}")
         if self.cuda_graphs not in ("off", "lazy", "start"):

@@ -9,6 +9,7 @@ It knows no queue and no names: adapters are slots of the arena here.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections import abc
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perft.attention import find_attention_blocks
-from perft.base import load_base
+from perft.base import load_base, load_config, random_base
 from perft.errors import BaseModelError
 from perft.moe import find_moe_blocks
 from perft_kernels import gpu
@@ -44,6 +45,8 @@ from perft_serve.engine.scheduler import Chunk, ChunkResult, Plan
 from perft_serve.engine.seam import KvCache, Seam, install
 from perft_serve.engine.sequence import Sequence
 from perft_serve.engine.transfer import to_device, to_host
+
+logger = logging.getLogger(__name__)
 
 # these choose rotary frequencies by the longest sequence of a batch, so a request would depend on its neighbours
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -115,7 +118,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # Triton launches on the thread's present device
         self._page_size = config.page_size
-        self._model = load_base(config.model, config.dtype, self.device).eval()
+        self._model = _load(config, self.device).eval()
         self.base_digest = base_digest(self._model)
         text_config = self._model.config.get_text_config()
         _check_rope(text_config)
@@ -441,6 +444,14 @@ def _faulty(seq: Sequence, fault: Fault) -> ChunkResult:
     adapter = seq.request.adapter
     whose = "the base model" if adapter is None else f"adapter {adapter.name!r}"
     return ChunkResult(error=f"the logits are not numbers (NaN): {whose} gives no usable output")
+
+
+def _load(config: EngineConfig, device: torch.device) -> PreTrainedModel:
+    """The base, on the device."""
+    if config.load_format == "dummy":
+        logger.warning("the base's weights are random (--load-format dummy): what it says means nothing")
+        return random_base(load_config(config.model), config.dtype, device)
+    return load_base(config.model, config.dtype, device)
 
 
 def _device(name: str) -> torch.device:

@@ -4,8 +4,10 @@ One launch for a batch of all variants: one program a token, which looks up its 
 Nothing but tile sizes is fixed at compile time, and no size comes from the tables: M and k are read on the device, so
 loading an adapter compiles nothing and leaves a captured graph valid. A token's sums run in one order, whoever is beside it.
 
-A router's M gates are read in blocks of `BLOCK_M` rows; the chosen experts and the softmax's denominator are carried from block
-to block, so M has no bound. Logits are compared as 64-bit keys (value, then the smaller id), in which a NaN has its place.
+What takes time is one load that waits for another: all of an adapter's rule is read at once, and of its gates what a row of
+h meets is on its way before the first sum. A router's M gates are read in blocks of `BLOCK_M` rows; the chosen experts and the
+softmax's denominator are carried from block to block, so M has no bound. Logits are compared as 64-bit keys (value, then the
+smaller id), in which a NaN has its place.
 """
 
 from __future__ import annotations
@@ -84,57 +86,61 @@ def _adapter_router(  # type: ignore[no-untyped-def]
     num_experts = tl.zeros([], dtype=tl.int64)
     first_expert = tl.zeros([], dtype=tl.int64)
     a = tl.load(adapter_T + t)
+    base_id_X = tl.load(base_ids_TK + t * K + x_X, mask=x_X < K, other=-1)
+    base_weight_X = tl.load(base_weights_TK + t * K + x_X, mask=x_X < K, other=0.0)
     if (a >= 0) & (a < A):
         rule_A6 += a * _COLUMNS
         kind = tl.load(rule_A6 + _KIND)
         num_experts = tl.load(rule_A6 + _NUM_EXPERTS)
         first_expert = tl.load(rule_A6 + _FIRST_EXPERT)
-        if kind == _ALL:
+        top_k = tl.minimum(tl.load(rule_A6 + _TOP_K), width).to(tl.int32)
+        norm = tl.load(rule_A6 + _NORM)
+        base_rank = tl.load(rule_A6 + _BASE_RANK)
+        gate_row = tl.load(gate_row_A + a)
+        if (kind != _ALL) & (kind != _EMBEDDED) & (gate_row >= 0):
+            chosen_X = tl.full([BLOCK_X], NONE, dtype=tl.int64)
+            largest = tl.full([], float("-inf"), dtype=tl.float32)
+            total = tl.zeros([], dtype=tl.float32)
+            for m0 in range(0, num_experts.to(tl.int32), BLOCK_M):
+                m_M = m0 + tl.arange(0, BLOCK_M)
+                is_gate_M = m_M < num_experts
+                products_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+                # without num_stages only what tl.dot takes would be loaded ahead
+                for d0 in tl.range(0, D, BLOCK_D, num_stages=5):
+                    d_D = d0 + tl.arange(0, BLOCK_D)
+                    h_D = tl.load(h_TD + t * D + d_D, mask=d_D < D, other=0.0).to(tl.float32)
+                    gate_MD = tl.load(
+                        gate_SD + (gate_row + m_M)[:, None] * D + d_D[None, :],
+                        mask=is_gate_M[:, None] & (d_D < D)[None, :],
+                        other=0.0,
+                    )
+                    products_MD += gate_MD.to(tl.float32) * h_D[None, :]
+                logit_M = tl.where(is_gate_M, tl.sum(products_MD, axis=1), float("-inf"))
+                now_largest = tl.maximum(largest, tl.max(logit_M, axis=0))
+                total = total * tl.exp(largest - now_largest) + tl.sum(tl.exp(logit_M - now_largest), axis=0)
+                largest = now_largest
+                # the best so far against this block's, one after the other
+                key_M = tl.where(is_gate_M, key(logit_M, m_M), NONE)
+                left_X = chosen_X
+                for q in range(top_k):
+                    best = tl.maximum(tl.max(left_X, axis=0), tl.max(key_M, axis=0))
+                    chosen_X = tl.where(x_X == q, best, chosen_X)
+                    left_X = tl.where(left_X == best, NONE, left_X)
+                    key_M = tl.where(key_M == best, NONE, key_M)
+            logit_X, id_X = logit_and_id(chosen_X)
+            local_X = tl.where(chosen_X != NONE, id_X, -1)
+            if base_rank != 0:
+                weight_X = _ranked(base_weights_TK + t * K, K, BLOCK_X, BLOCK_K)
+            else:
+                weight_X = tl.where(chosen_X != NONE, tl.exp(logit_X - largest) / total, 0.0)
+                if norm != 0:
+                    weight_X = weight_X / tl.sum(weight_X, axis=0)
+        elif kind == _ALL:
             local_X = x_X.to(tl.int64)
             weight_X = tl.full([BLOCK_X], 1.0, dtype=tl.float32)
         elif kind == _EMBEDDED:
-            local_X = tl.load(base_ids_TK + t * K + x_X, mask=x_X < K, other=-1).to(tl.int64)
-            weight_X = tl.load(base_weights_TK + t * K + x_X, mask=x_X < K, other=0.0).to(tl.float32)
-        else:
-            gate_row = tl.load(gate_row_A + a)
-            if gate_row >= 0:
-                top_k = tl.minimum(tl.load(rule_A6 + _TOP_K), width).to(tl.int32)
-                chosen_X = tl.full([BLOCK_X], NONE, dtype=tl.int64)
-                largest = tl.full([], float("-inf"), dtype=tl.float32)
-                total = tl.zeros([], dtype=tl.float32)
-                for m0 in range(0, num_experts.to(tl.int32), BLOCK_M):
-                    m_M = m0 + tl.arange(0, BLOCK_M)
-                    is_gate_M = m_M < num_experts
-                    products_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-                    for d0 in range(0, D, BLOCK_D):
-                        d_D = d0 + tl.arange(0, BLOCK_D)
-                        h_D = tl.load(h_TD + t * D + d_D, mask=d_D < D, other=0.0).to(tl.float32)
-                        gate_MD = tl.load(
-                            gate_SD + (gate_row + m_M)[:, None] * D + d_D[None, :],
-                            mask=is_gate_M[:, None] & (d_D < D)[None, :],
-                            other=0.0,
-                        )
-                        products_MD += gate_MD.to(tl.float32) * h_D[None, :]
-                    logit_M = tl.where(is_gate_M, tl.sum(products_MD, axis=1), float("-inf"))
-                    now_largest = tl.maximum(largest, tl.max(logit_M, axis=0))
-                    total = total * tl.exp(largest - now_largest) + tl.sum(tl.exp(logit_M - now_largest), axis=0)
-                    largest = now_largest
-                    # the best so far against this block's, one after the other
-                    key_M = tl.where(is_gate_M, key(logit_M, m_M), NONE)
-                    left_X = chosen_X
-                    for q in range(top_k):
-                        best = tl.maximum(tl.max(left_X, axis=0), tl.max(key_M, axis=0))
-                        chosen_X = tl.where(x_X == q, best, chosen_X)
-                        left_X = tl.where(left_X == best, NONE, left_X)
-                        key_M = tl.where(key_M == best, NONE, key_M)
-                logit_X, id_X = logit_and_id(chosen_X)
-                local_X = tl.where(chosen_X != NONE, id_X, -1)
-                if tl.load(rule_A6 + _BASE_RANK) != 0:
-                    weight_X = _ranked(base_weights_TK + t * K, K, BLOCK_X, BLOCK_K)
-                else:
-                    weight_X = tl.where(chosen_X != NONE, tl.exp(logit_X - largest) / total, 0.0)
-                    if tl.load(rule_A6 + _NORM) != 0:
-                        weight_X = weight_X / tl.sum(weight_X, axis=0)
+            local_X = base_id_X.to(tl.int64)
+            weight_X = base_weight_X.to(tl.float32)
     is_valid_X = (local_X >= 0) & (local_X < num_experts)
     tl.store(ids_TX + t * width + x_X, tl.where(is_valid_X, first_expert + local_X, -1), mask=x_X < width)
     tl.store(weights_TX + t * width + x_X, tl.where(is_valid_X, weight_X, 0.0), mask=x_X < width)
@@ -164,8 +170,8 @@ def adapter_router(
             BLOCK_X=triton.next_power_of_2(width),
             BLOCK_K=triton.next_power_of_2(max(base_ids_TK.shape[1], 1)),
             BLOCK_M=16,
-            BLOCK_D=min(256, triton.next_power_of_2(hidden_size)),
-            num_warps=4,
+            BLOCK_D=min(512, triton.next_power_of_2(hidden_size)),
+            num_warps=8,
             **gpu.OPTIONS,
         )
     return ids_TX, weights_TX

@@ -25,12 +25,17 @@ DECODE_TOKENS = 256
 _SCAN = 1024
 
 
-def tile_sizes(num_tokens: int, itemsize: int, batch_invariant: bool) -> tuple[int, int, int, int]:
-    """(pairs, outputs, inputs, warps) of a tile of a product: of shapes only, not of what is in them."""
+def tile_sizes(num_tokens: int, itemsize: int, batch_invariant: bool) -> tuple[int, int, int, int, int]:
+    """(pairs, outputs of gate and of up, outputs of down, inputs, stages) of a tile of a product: of shapes only, not of what
+    is in them.
+
+    Decoding, both products read 16 KB of weights a step: with one token a multiprocessor has two programs, which have 64 KB or
+    more on their way, and with many tokens the pairs, which each program reads again, are few beside the weights.
+    """
     inputs = 256 // itemsize
     if num_tokens <= DECODE_TOKENS:
-        return 16, 32, inputs, 4
-    return 32 if batch_invariant else 64, 64, inputs // 2, 4
+        return 16, 32, 64, inputs, 4
+    return 32 if batch_invariant else 64, 64, 64, inputs // 2, 3
 
 
 @triton.jit
@@ -177,12 +182,13 @@ def _combine(out_PD, ids_P, weights_P, y_TD, N, D, K: tl.constexpr, D_TILE: tl.c
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
     y = tl.zeros([D_TILE], tl.float32)
-    for k in range(K):
+    # without a branch: all loads are under way at once
+    for k in tl.static_range(K):
         pair = token * K + k
         expert = tl.load(ids_P + pair)
-        if (expert >= 0) & (expert < N):
-            weight = tl.load(weights_P + pair).to(tl.float32)
-            y += weight * tl.load(out_PD + pair * D + d, mask=d < D, other=0.0)
+        is_there = (expert >= 0) & (expert < N)
+        weight = tl.load(weights_P + pair, mask=is_there, other=0.0).to(tl.float32)
+        y += weight * tl.load(out_PD + pair * D + d, mask=d < tl.where(is_there, D, 0), other=0.0)
     tl.store(y_TD + token * D + d, y.to(y_TD.dtype.element_ty), mask=d < D)
 
 
@@ -212,13 +218,13 @@ def stored_experts(
     order_P = torch.empty(num_pairs, dtype=torch.int32, device=h_TD.device)
     start_N1 = torch.empty(num_experts + 1, dtype=torch.int32, device=h_TD.device)
     a_PI = h_TD.new_empty(num_pairs, inner_size)
-    pair_tile, out_tile, in_tile, num_warps = tile_sizes(num_tokens, h_TD.element_size(), batch_invariant)
+    pair_tile, inner_tile, out_tile, in_tile, num_stages = tile_sizes(num_tokens, h_TD.element_size(), batch_invariant)
     num_tiles = num_pairs if alone else num_pairs // pair_tile + min(num_experts, num_pairs)
     tiles = {
         "P_TILE": pair_tile,
-        "O_TILE": out_tile,
         "N_SCAN": triton.next_power_of_2(num_experts),
-        "num_warps": num_warps,
+        "num_warps": 4,
+        "num_stages": num_stages,
         **OPTIONS,
     }
     # strides by (base expert, output, input), however the weights are stored
@@ -227,7 +233,7 @@ def stored_experts(
     )
     if not alone:
         _sort_pairs[num_experts,](ids_P, order_P, start_N1, num_pairs, num_experts, SCAN=_SCAN, **OPTIONS)
-    _gate_up[num_tiles, triton.cdiv(inner_size, out_tile)](
+    _gate_up[num_tiles, triton.cdiv(inner_size, inner_tile)](
         *(h_TD, gate_up, h_TD if gate_up_bias is None else gate_up_bias, ids_P, order_P, start_N1, a_PI),
         *(top_k, num_experts, inner_size, hidden_size, h_TD.stride(0), *gate_up_stride),
         *((2, 1) if interleaved else (1, inner_size)),
@@ -235,6 +241,7 @@ def stored_experts(
         HAS_BIAS=gate_up_bias is not None,
         CLAMPED=limit > 0,
         ALONE=alone,
+        O_TILE=inner_tile,
         D_TILE=in_tile,
         **tiles,
     )
@@ -244,10 +251,11 @@ def stored_experts(
         *(num_experts, inner_size, hidden_size, *down_stride),
         HAS_BIAS=down_bias is not None,
         ALONE=alone,
+        O_TILE=out_tile,
         I_TILE=in_tile,
         **tiles,
     )
-    width_tile = min(1024, triton.next_power_of_2(hidden_size))
+    width_tile = min(512, triton.next_power_of_2(hidden_size))
     _combine[num_tokens, triton.cdiv(hidden_size, width_tile)](
         *(out_PD, ids_P, weights_P, y_TD, num_experts, hidden_size), K=top_k, D_TILE=width_tile, **OPTIONS
     )

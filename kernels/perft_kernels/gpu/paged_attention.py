@@ -18,7 +18,9 @@ from torch import Tensor
 from perft_kernels.gpu import OPTIONS
 
 # Keys of a split. Shorter ones occupy more of the GPU when few sequences decode; longer ones have fewer results to add up.
-SPLIT = 256
+SPLIT = 128
+# Splits that are added up at once.
+_SPLIT_TILE = 16
 # Programs that are enough to occupy a GPU: where there are more splits than that, a program takes several.
 _MANY_PROGRAMS = 2048
 _LOG2_E = 1.4426950408889634
@@ -62,7 +64,8 @@ def _kv_write(
 @triton.jit
 def _attend_block(
     q, m, l, acc, k_pages, v_pages, table, n0, first, last, group, scale,
-    PAGE, G, C: tl.constexpr, CV: tl.constexpr, N_TILE: tl.constexpr, C_TILE: tl.constexpr, CV_TILE: tl.constexpr,
+    PAGE: tl.constexpr, G, C: tl.constexpr, CV: tl.constexpr, N_TILE: tl.constexpr, C_TILE: tl.constexpr,
+    CV_TILE: tl.constexpr,
 ):  # fmt: skip
     """One step of the running softmax: keys [n0, n0 + N_TILE) of one head against the rows of q, each of which sees the
     positions [first, last] (a column each).
@@ -93,16 +96,18 @@ def _attend_block(
 @triton.jit(do_not_specialize=["N", "NUM_SPLITS", "STRIDE"])
 def _attend_splits(
     q_THC, k_pages, v_pages, pages_BN, short_T, position_T, m_THS, l_THS, acc_THSC,
-    scale, window, q_stride_t, q_stride_h, N, PAGE, H, G, NUM_SPLITS, STRIDE,
-    C: tl.constexpr, CV: tl.constexpr, HEADS: tl.constexpr, H_TILE: tl.constexpr,
+    scale, window, q_stride_t, q_stride_h, N, H, G, NUM_SPLITS, STRIDE,
+    PAGE: tl.constexpr, C: tl.constexpr, CV: tl.constexpr, HEADS: tl.constexpr, H_TILE: tl.constexpr,
     N_TILE: tl.constexpr, C_TILE: tl.constexpr, CV_TILE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T, G, STRIDE): one short token, the `HEADS` heads of one key head, every STRIDE-th split of the context."""
-    token = tl.program_id(0)
-    group = tl.program_id(1)
+    """Grid (T * G, STRIDE): one short token, the `HEADS` heads of one key head, every STRIDE-th split of the context. The tiles
+    of all its splits go through one loop, so that the keys of the next are on their way; the key heads of a token, which lie
+    side by side in memory, are read side by side."""
+    token = tl.program_id(0) // G
+    group = tl.program_id(0) % G
     seq = tl.load(short_T + token)
+    position = tl.load(position_T + token).to(tl.int32)
     if seq >= 0:
-        position = tl.load(position_T + token).to(tl.int32)
         first = tl.maximum(position - window + 1, 0)
         h = tl.arange(0, H_TILE)
         c = tl.arange(0, C_TILE)
@@ -112,33 +117,36 @@ def _attend_splits(
         q = tl.load(q_at, mask=(h[:, None] < HEADS) & (c[None, :] < C), other=0.0)
         first_h = first + tl.zeros([H_TILE, 1], tl.int32)
         last_h = position + tl.zeros([H_TILE, 1], tl.int32)
-        split = first // SPLIT_KEYS // STRIDE * STRIDE + tl.program_id(2)
-        while split * SPLIT_KEYS <= position:
-            if (split + 1) * SPLIT_KEYS > first:
-                m = tl.full([H_TILE], float("-inf"), tl.float32)
-                l = tl.zeros([H_TILE], tl.float32)
-                acc = tl.zeros([H_TILE, CV_TILE], tl.float32)
-                n0 = tl.maximum(split * SPLIT_KEYS, first // N_TILE * N_TILE)
-                end = tl.minimum((split + 1) * SPLIT_KEYS, position + 1)
-                for n in range(n0, end, N_TILE):
-                    m, l, acc = _attend_block(
-                        q, m, l, acc, k_pages, v_pages, pages_BN + seq * N, n, first_h, last_h, group, scale,
-                        PAGE, G, C, CV, N_TILE, C_TILE, CV_TILE,
-                    )  # fmt: skip
+        m = tl.full([H_TILE], float("-inf"), tl.float32)
+        l = tl.zeros([H_TILE], tl.float32)
+        acc = tl.zeros([H_TILE, CV_TILE], tl.float32)
+        TILES: tl.constexpr = SPLIT_KEYS // N_TILE
+        begin = first // SPLIT_KEYS + tl.program_id(1)
+        num_splits = tl.maximum(tl.cdiv(position // SPLIT_KEYS + 1 - begin, STRIDE), 0)
+        for tile in range(num_splits * TILES):
+            split = begin + tile // TILES * STRIDE
+            m, l, acc = _attend_block(
+                q, m, l, acc, k_pages, v_pages, pages_BN + seq * N, split * SPLIT_KEYS + tile % TILES * N_TILE, first_h,
+                last_h, group, scale, PAGE, G, C, CV, N_TILE, C_TILE, CV_TILE,
+            )  # fmt: skip
+            if tile % TILES == TILES - 1:
                 at = (token.to(tl.int64) * H + head) * NUM_SPLITS + split
                 tl.store(m_THS + at, m, mask=h < HEADS)
                 tl.store(l_THS + at, l, mask=h < HEADS)
                 inside = (h[:, None] < HEADS) & (cv[None, :] < CV)
                 tl.store(acc_THSC + at[:, None] * CV + cv[None, :], acc, mask=inside)
-            split += STRIDE
+                m = tl.full([H_TILE], float("-inf"), tl.float32)
+                l = tl.zeros([H_TILE], tl.float32)
+                acc = tl.zeros([H_TILE, CV_TILE], tl.float32)
 
 
 @triton.jit(do_not_specialize=["NUM_SPLITS"])
 def _add_splits(
-    m_THS, l_THS, acc_THSC, short_T, position_T, sinks_H, out_THC,
-    window, H, NUM_SPLITS, CV: tl.constexpr, HAS_SINKS: tl.constexpr, CV_TILE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    m_THS, l_THS, acc_THSC, short_T, position_T, sinks_H, out_THC, window, H, NUM_SPLITS,
+    CV: tl.constexpr, HAS_SINKS: tl.constexpr, CV_TILE: tl.constexpr, SPLIT_KEYS: tl.constexpr, S_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T, H): one short token and head; its splits in their order. Rows that are not short become zero."""
+    """Grid (T, H): one short token and head; its splits in their order, S_TILE of them at once, counted from position 0. Rows
+    that are not short become zero."""
     token = tl.program_id(0)
     head = tl.program_id(1)
     cv = tl.arange(0, CV_TILE)
@@ -148,19 +156,25 @@ def _add_splits(
         m = tl.zeros([1], tl.float32) + tl.load(sinks_H + head) * 1.4426950408889634
         l += 1.0
     acc = tl.zeros([CV_TILE], tl.float32)
-    if tl.load(short_T + token) >= 0:
-        position = tl.load(position_T + token).to(tl.int32)
-        split = tl.maximum(position - window + 1, 0) // SPLIT_KEYS
-        while split * SPLIT_KEYS <= position:
-            at = (token.to(tl.int64) * H + head) * NUM_SPLITS + split
-            m_split = tl.load(m_THS + at)
-            m_new = tl.maximum(m, m_split)
+    seq = tl.load(short_T + token)
+    position = tl.load(position_T + token).to(tl.int32)
+    if seq >= 0:
+        begin = tl.maximum(position - window + 1, 0) // SPLIT_KEYS
+        end = position // SPLIT_KEYS + 1
+        for split in range(begin // S_TILE * S_TILE, end, S_TILE):
+            s = split + tl.arange(0, S_TILE)
+            is_there = (s >= begin) & (s < end)
+            at = (token.to(tl.int64) * H + head) * NUM_SPLITS + s
+            m_S = tl.load(m_THS + at, mask=is_there, other=float("-inf"))
+            l_S = tl.load(l_THS + at, mask=is_there, other=0.0)
+            acc_at = acc_THSC + at[:, None] * CV + cv[None, :]
+            acc_SC = tl.load(acc_at, mask=is_there[:, None] & (cv[None, :] < CV), other=0.0)
+            m_new = tl.maximum(m, tl.max(m_S, 0))
             old = tl.exp2(m - m_new)
-            new = tl.exp2(m_split - m_new)
-            l = l * old + tl.load(l_THS + at) * new
-            acc = acc * old + tl.load(acc_THSC + at * CV + cv, mask=cv < CV, other=0.0) * new
+            new_S = tl.exp2(m_S - m_new)
+            l = l * old + tl.sum(l_S * new_S, 0)
+            acc = acc * old + tl.sum(acc_SC * new_S[:, None], 0)
             m = m_new
-            split += 1
         acc = acc / l
     out = out_THC + (token.to(tl.int64) * H + head) * CV + cv
     tl.store(out, acc.to(out_THC.dtype.element_ty), mask=cv < CV)
@@ -169,7 +183,7 @@ def _add_splits(
 @triton.jit(do_not_specialize=["N"])
 def _attend_tiles(
     q_THC, k_pages, v_pages, pages_BN, long_Q3, position_T, sinks_H, out_THC,
-    scale, window, q_stride_t, q_stride_h, N, PAGE, H, G,
+    scale, window, q_stride_t, q_stride_h, N, H, G, PAGE: tl.constexpr,
     C: tl.constexpr, CV: tl.constexpr, HEADS: tl.constexpr, HAS_SINKS: tl.constexpr, PER_ROW: tl.constexpr,
     M_TILE: tl.constexpr, N_TILE: tl.constexpr, C_TILE: tl.constexpr, CV_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -255,6 +269,7 @@ def paged_attention(
     table_width = pages_BN.shape[1]
     widest = window or 1 << 30
     shape = {
+        "PAGE": page_size,
         "C": width,
         "CV": value_width,
         "N_TILE": key_tile,
@@ -272,13 +287,14 @@ def paged_attention(
         m_THS = torch.empty(num_tokens, num_heads, num_splits, dtype=torch.float32, device=q_THC.device)
         l_THS = torch.empty_like(m_THS)
         acc_THSC = torch.empty(*m_THS.shape, value_width, dtype=torch.float32, device=q_THC.device)
-        _attend_splits[num_tokens, num_groups, stride](
+        _attend_splits[num_tokens * num_groups, stride](
             *(q_THC, k_pages, v_pages, pages_BN, short_T, position_T, m_THS, l_THS, acc_THSC),
             *(scale, widest, q_THC.stride(0), q_THC.stride(1)),
-            *(table_width, page_size, num_heads, num_groups, num_splits, stride),
+            *(table_width, num_heads, num_groups, num_splits, stride),
             HEADS=heads,
             H_TILE=max(16, triton.next_power_of_2(heads)),
             SPLIT_KEYS=SPLIT,
+            num_stages=5,
             **shape,
         )
         _add_splits[num_tokens, num_heads](
@@ -287,6 +303,7 @@ def paged_attention(
             HAS_SINKS=sinks_H is not None,
             CV_TILE=value_tile,
             SPLIT_KEYS=SPLIT,
+            S_TILE=_SPLIT_TILE,
             num_warps=1,
             **OPTIONS,
         )
@@ -294,7 +311,7 @@ def paged_attention(
         per_row = -(-tile_queries // query_tile)
         _attend_tiles[long_Q3.shape[0] * per_row, num_heads](
             *(q_THC, k_pages, v_pages, pages_BN, long_Q3, position_T, sinks, out_THC),
-            *(scale, widest, q_THC.stride(0), q_THC.stride(1), table_width, page_size, num_heads, num_groups),
+            *(scale, widest, q_THC.stride(0), q_THC.stride(1), table_width, num_heads, num_groups),
             HEADS=heads,
             HAS_SINKS=sinks_H is not None,
             PER_ROW=per_row,

@@ -3,20 +3,23 @@
 A *pair* (t, x) is token t's slot x; there are P = T * X of them, and its number is t * X + x. All work is done on *tiles*: up
 to 16 pairs of one adapter expert, times 16 of its ranks. Three kernels make the forward pass:
 
-1. `_shrink`: h of a tile's pairs times down rows, into `z`.
-2. `_expand`: z through mask, SiLU and weights, times up rows.
+1. `_shrink_...`: h of a tile's pairs times down rows, into `z`.
+2. `_expand_...`: z through mask, SiLU and weights, times up rows.
 3. `_combine`, only where pairs were sorted: a token's pairs added up.
 
-Decoding, a tile is one pair (padded to 16: reading the rows is what takes time, and they are read once), nothing is sorted, and
-one program of `_expand` owns some columns of a token and adds its pairs itself: two launches. In longer batches the
-pairs are sorted by adapter expert on the device, so that 16 of them share the reading of its rows, and each leaves
-its own output behind for `_combine`. Both ways do the same arithmetic in the same order, to the bit: the same tiles of
-the same tensor-core instruction, `SPLIT_D` columns of h at a time, 16 ranks at a time, a token's pairs in the order of its
-slots. So a token's result depends neither on its neighbours nor on how many they are. There are no atomics.
+Decoding (`..._tokens`), a tile is one pair (padded to 16: reading the rows is what takes time, and they are read once), nothing
+is sorted, and one program of `_expand_tokens` owns some columns of a token and adds its pairs itself: two launches. A program
+looks up all slots of its token at once and goes through the blocks of ranks that they have in one loop, which loads ahead; a
+slot without an adapter expert costs nothing. In longer batches (`..._tiles`) the pairs are sorted by adapter expert on the
+device, so that 16 of them share the reading of its rows, and each leaves its own output behind for `_combine`.
+
+Both ways do the same arithmetic in the same order, to the bit: the same tiles of the same tensor-core instruction, `SPLIT_D`
+columns of h at a time, 16 ranks at a time, a token's pairs in the order of its slots. So a token's result depends neither on
+its neighbours nor on how many they are. There are no atomics.
 
 No size comes from the tables and nothing is read back by the host: ranks, ids and the number of tiles stay on the device, and
 programs beyond them end at once or take the next tile. `z` holds `RANKS` ranks of a pair, whatever they are; what
-an adapter expert has beyond, `_expand` computes for itself (slower, since each of its programs does).
+an adapter expert has beyond, `_expand_...` computes for itself (slower, since each of its programs does).
 
 | array        | shape       | dtype | meaning                                                                        |
 |--------------|-------------|-------|--------------------------------------------------------------------------------|
@@ -79,35 +82,53 @@ def _tiles(key_P, tile_P, P, E, BLOCK: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def _tile(i, ids_P, key_P, order_P, tile_P, P, E, SORTED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tile number i: its adapter expert, its pairs, and which of the 16 are there. Unsorted: pair i alone."""
-    row_p = tl.arange(0, _PAIRS)
-    if SORTED:
-        first = tl.load(tile_P + i)
-        place_p = first + row_p
-        expert = tl.load(key_P + first).to(tl.int64)
-        is_near_p = (place_p < P) & (place_p // _PAIRS == first // _PAIRS)
-        is_pair_p = is_near_p & (tl.load(key_P + place_p, mask=is_near_p, other=E) == expert)
-        pair_p = tl.load(order_P + place_p, mask=is_pair_p, other=0)
-    else:
-        expert = tl.load(ids_P + i)
-        is_inside = (expert >= 0) & (expert < E)
-        is_pair_p = row_p < tl.where(is_inside, 1, 0)
-        expert = tl.where(is_inside, expert, 0)
-        pair_p = (row_p * 0 + i).to(tl.int64)
-    return expert, pair_p, is_pair_p
+def _tile(i, key_P, order_P, tile_P, P, E):  # type: ignore[no-untyped-def]
+    """Tile number i of sorted pairs: its adapter expert, its pairs, and which of the 16 are there."""
+    first = tl.load(tile_P + i)
+    place_p = first + tl.arange(0, _PAIRS)
+    expert = tl.load(key_P + first).to(tl.int64)
+    is_near_p = (place_p < P) & (place_p // _PAIRS == first // _PAIRS)
+    is_pair_p = is_near_p & (tl.load(key_P + place_p, mask=is_near_p, other=E) == expert)
+    return expert, tl.load(order_P + place_p, mask=is_pair_p, other=0), is_pair_p
 
 
 @triton.jit
-def _partial(  # type: ignore[no-untyped-def]
-    x_TD, rows_RD, token_p, is_pair_p, r0, rank, begin, D, DTYPE: tl.constexpr, SPLIT_D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """16 pairs' tokens times 16 of an adapter expert's rows, from `r0` on, over the columns [begin, begin + SPLIT_D)."""
+def _experts(t, ids_P, rank_E, X, E, RANKS, BLOCK_X: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A token's slots: their adapter experts (0: none), whether there is one, its rank, and where the slot's blocks of 16 of
+    the first `RANKS` ranks begin and end among those of all its slots."""
+    x_X = tl.arange(0, BLOCK_X)
+    expert_X = tl.load(ids_P + t * X + x_X, mask=x_X < X, other=-1)
+    is_inside_X = (expert_X >= 0) & (expert_X < E)
+    expert_X = tl.where(is_inside_X, expert_X, 0)
+    rank_X = tl.load(rank_E + expert_X, mask=is_inside_X, other=0).to(tl.int32)
+    num_blocks_X = tl.cdiv(tl.minimum(rank_X, RANKS), _PAIRS)
+    end_X = tl.cumsum(num_blocks_X, axis=0)
+    return expert_X, is_inside_X, rank_X, end_X - num_blocks_X, end_X
+
+
+@triton.jit
+def _slot(block, end_X, BLOCK_X: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The slot that a token's block of ranks is of."""
+    x = tl.sum((end_X <= block).to(tl.int32), axis=0)
+    return x, tl.arange(0, BLOCK_X) == x
+
+
+@triton.jit
+def _of(value_X, is_it_X):  # type: ignore[no-untyped-def]
+    """One slot's value. They are in registers: looking it up in memory again would take longer."""
+    return tl.sum(tl.where(is_it_X, value_X, 0), axis=0)
+
+
+@triton.jit
+def _bottlenecks(  # type: ignore[no-untyped-def]
+    x_TD, rows_RD, token_p, is_pair_p, r0, rank, D, DTYPE: tl.constexpr, SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """16 pairs' tokens times 16 of an adapter expert's rows, from `r0` on: the sums of each split of the columns, added up."""
     r_R = tl.arange(0, _PAIRS)
+    z_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
     sum_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
-    for d0 in range(0, SPLIT_D, BLOCK_D):
-        d_D = begin + d0 + tl.arange(0, BLOCK_D)
+    for d0 in range(0, tl.cdiv(D, SPLIT_D) * SPLIT_D, BLOCK_D):
+        d_D = d0 + tl.arange(0, BLOCK_D)
         x_pD = tl.load(
             x_TD + token_p[:, None] * D + d_D[None, :], mask=is_pair_p[:, None] & (d_D < D)[None, :], other=0.0
         )
@@ -117,46 +138,72 @@ def _partial(  # type: ignore[no-untyped-def]
             other=0.0,
         )
         sum_pR = tl.dot(x_pD.to(DTYPE), rows_DR.to(DTYPE), acc=sum_pR, input_precision="ieee")
-    return sum_pR
+        is_last = (d0 + BLOCK_D) % SPLIT_D == 0
+        z_pR += tl.where(is_last, sum_pR, 0.0)
+        sum_pR = tl.where(is_last, 0.0, sum_pR)
+    return z_pR
+
+
+@triton.jit(do_not_specialize=["X", "P", "E"], do_not_specialize_on_alignment=["first_row_E", "rank_E"])
+def _shrink_tokens(  # type: ignore[no-untyped-def]
+    x_TD, rows_SV, ids_P, first_row_E, rank_E, z_CPR, P, X, E, D, V, RANKS, DTYPE: tl.constexpr, SPLIT_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """Grid (T, C, blocks or fewer): of one token and split, every so manieth block of 16 ranks of all its pairs. They go
+    through one loop, so that the rows of the next pair are on their way while this one's are multiplied."""
+    t = tl.program_id(0).to(tl.int64)
+    begin = tl.program_id(1) * SPLIT_D
+    row_p = tl.arange(0, _PAIRS)
+    r_R = tl.arange(0, _PAIRS)
+    expert_X, is_inside_X, rank_X, first_X, end_X = _experts(t, ids_P, rank_E, X, E, RANKS, BLOCK_X)
+    first_row_X = tl.load(first_row_E + expert_X, mask=is_inside_X, other=0)
+    STEPS: tl.constexpr = SPLIT_D // BLOCK_D
+    num_blocks = tl.max(end_X, axis=0)
+    num_mine = tl.maximum(tl.cdiv(num_blocks - tl.program_id(2), tl.num_programs(2)), 0)
+    sum_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
+    for step in range(num_mine * STEPS):
+        block = tl.program_id(2) + step // STEPS * tl.num_programs(2)
+        x, is_it_X = _slot(block, end_X, BLOCK_X)
+        r0 = (block - _of(first_X, is_it_X)) * _PAIRS
+        is_row_R = r0 + r_R < tl.minimum(_of(rank_X, is_it_X), RANKS)
+        d_D = begin + step % STEPS * BLOCK_D + tl.arange(0, BLOCK_D)
+        x_pD = tl.load(
+            x_TD + t * D + row_p[:, None] * 0 + d_D[None, :], mask=(row_p == 0)[:, None] & (d_D < D)[None, :], other=0.0
+        )
+        rows_DR = tl.load(
+            rows_SV + _of(first_row_X, is_it_X) * V + (r0 + r_R)[None, :] * D + d_D[:, None],
+            mask=is_row_R[None, :] & (d_D < D)[:, None],
+            other=0.0,
+        )
+        sum_pR = tl.dot(x_pD.to(DTYPE), rows_DR.to(DTYPE), acc=sum_pR, input_precision="ieee")
+        is_last = step % STEPS == STEPS - 1
+        at_R = (tl.program_id(1).to(tl.int64) * P + t * X + x) * RANKS + r0 + r_R
+        is_stored_R = r_R < tl.where(is_last, _PAIRS, 0)
+        tl.store(
+            z_CPR + at_R[None, :] + row_p[:, None] * 0,
+            sum_pR,
+            mask=(row_p == 0)[:, None] & (is_row_R & is_stored_R)[None, :],
+        )
+        sum_pR = tl.where(is_last, 0.0, sum_pR)
 
 
 @triton.jit(do_not_specialize=["P", "X", "E"], do_not_specialize_on_alignment=["first_row_E", "rank_E"])
-def _shrink(  # type: ignore[no-untyped-def]
-    x_TD,
-    rows_SV,
-    ids_P,
-    key_P,
-    order_P,
-    tile_P,
-    first_row_E,
-    rank_E,
-    z_CPR,
-    P,
-    X,
-    E,
-    D,
-    V,
-    RANKS,
-    SORTED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    SPLIT_D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Grid (tiles or fewer, blocks of ranks or fewer, C). Each program takes every so manieth tile, rank block and split."""
-    num_tiles = tl.load(tile_P + P) if SORTED else P
+def _shrink_tiles(  # type: ignore[no-untyped-def]
+    x_TD, rows_SV, key_P, order_P, tile_P, first_row_E, rank_E, z_PR, P, X, E, D, V, RANKS, DTYPE: tl.constexpr,
+    SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles or fewer, blocks of ranks or fewer). Each program takes every so manieth tile and rank block."""
+    num_tiles = tl.load(tile_P + P)
     r_R = tl.arange(0, _PAIRS)
     for i in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        expert, pair_p, is_pair_p = _tile(i, ids_P, key_P, order_P, tile_P, P, E, SORTED)
+        expert, pair_p, is_pair_p = _tile(i, key_P, order_P, tile_P, P, E)
         token_p = pair_p // X
         rows_RD = rows_SV + tl.load(first_row_E + expert) * V
         rank = tl.minimum(tl.load(rank_E + expert), RANKS).to(tl.int32)
-        rank = tl.where(tl.max(is_pair_p.to(tl.int32), axis=0) > 0, rank, 0)
         for r0 in range(tl.program_id(1) * _PAIRS, rank, tl.num_programs(1) * _PAIRS):
-            z_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
-            for begin in range(tl.program_id(2) * SPLIT_D, D, tl.num_programs(2) * SPLIT_D):
-                z_pR += _partial(x_TD, rows_RD, token_p, is_pair_p, r0, rank, begin, D, DTYPE, SPLIT_D, BLOCK_D)
-            at_pR = (tl.program_id(2).to(tl.int64) * P + pair_p)[:, None] * RANKS + (r0 + r_R)[None, :]
-            tl.store(z_CPR + at_pR, z_pR, mask=is_pair_p[:, None] & (r0 + r_R < rank)[None, :])
+            z_pR = _bottlenecks(x_TD, rows_RD, token_p, is_pair_p, r0, rank, D, DTYPE, SPLIT_D, BLOCK_D)
+            at_pR = pair_p[:, None] * RANKS + (r0 + r_R)[None, :]
+            tl.store(z_PR + at_pR, z_pR, mask=is_pair_p[:, None] & (r0 + r_R < rank)[None, :])
 
 
 @triton.jit
@@ -183,15 +230,13 @@ def _times_rows(coefficient_pR, rows_RO, r0, rank, n_N, O, sum_pN, DTYPE: tl.con
 
 @triton.jit
 def _delta(  # type: ignore[no-untyped-def]
-    i, n_N, x_TI, down_SV, up_SV, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E, scale_E, silu_E,
-    mask_PR, z_CPR, P, X, E, I, O, DOWN_V, UP_V, C, RANKS, MASK_R, SORTED: tl.constexpr, ACTIVATE: tl.constexpr,
-    HAS_MASK: tl.constexpr, DTYPE: tl.constexpr, SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    expert, pair_p, is_pair_p, n_N, x_TI, down_SV, up_SV, weights_P, down_row_E, up_row_E, rank_E, scale_E, silu_E, mask_PR,
+    z_CPR, P, X, I, O, DOWN_V, UP_V, C, RANKS, MASK_R, ACTIVATE: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr,
+    SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Columns `n_N` of what tile i adds, its pairs, and which of the 16 are there."""
-    expert, pair_p, is_pair_p = _tile(i, ids_P, key_P, order_P, tile_P, P, E, SORTED)
+    """Columns `n_N` of what an adapter expert adds to up to 16 of its pairs."""
     up_RO = up_SV + tl.load(up_row_E + expert) * UP_V
     rank = tl.load(rank_E + expert).to(tl.int32)
-    rank = tl.where(tl.max(is_pair_p.to(tl.int32), axis=0) > 0, rank, 0)
     if ACTIVATE:
         silu = tl.load(silu_E + expert) != 0
         factor_p = tl.load(weights_P + pair_p, mask=is_pair_p, other=0.0).to(tl.float32) * tl.load(scale_E + expert)
@@ -211,83 +256,88 @@ def _delta(  # type: ignore[no-untyped-def]
         for r0 in range(RANKS, rank, _PAIRS):
             r_R = r0 + tl.arange(0, _PAIRS)
             is_there_pR = is_pair_p[:, None] & (r_R < rank)[None, :]
-            z_pR = tl.zeros([_PAIRS, _PAIRS], dtype=tl.float32)
-            for begin in range(0, I, SPLIT_D):
-                z_pR += _partial(x_TI, down_RI, pair_p // X, is_pair_p, r0, rank, begin, I, DTYPE, SPLIT_D, BLOCK_D)
+            z_pR = _bottlenecks(x_TI, down_RI, pair_p // X, is_pair_p, r0, rank, I, DTYPE, SPLIT_D, BLOCK_D)
             z_pR = _coefficients(z_pR, mask_PR, pair_p, is_there_pR, r_R, MASK_R, factor_p, silu, HAS_MASK)
             sum_pN = _times_rows(z_pR, up_RO, r0, rank, n_N, O, sum_pN, DTYPE)
-    return sum_pN, pair_p, is_pair_p
+    return sum_pN
 
 
 @triton.jit(
-    do_not_specialize=["P", "X", "E", "C", "MASK_R", "first_column"],
+    do_not_specialize=["P", "X", "E", "MASK_R"],
     do_not_specialize_on_alignment=["down_row_E", "up_row_E", "rank_E", "scale_E", "silu_E"],
 )
-def _expand(  # type: ignore[no-untyped-def]
-    y_TO,
-    x_TI,
-    down_SV,
-    up_SV,
-    ids_P,
-    key_P,
-    order_P,
-    tile_P,
-    weights_P,
-    down_row_E,
-    up_row_E,
-    rank_E,
-    scale_E,
-    silu_E,
-    mask_PR,
-    z_CPR,
-    out,
-    P,
-    X,
-    E,
-    I,
-    O,
-    DOWN_V,
-    UP_V,
-    C,
-    RANKS,
-    MASK_R,
-    first_column,
-    N,
-    SORTED: tl.constexpr,
-    ACTIVATE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    SPLIT_D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Grid (T, ceil(O / BLOCK_N)): y and the deltas of a token's pairs, into `out` [T, O]. Or, sorted: grid (tiles or fewer,
-    ceil(N / BLOCK_N)): the delta of each pair from column `first_column` on, into `out` [P, N].
+def _expand_tokens(  # type: ignore[no-untyped-def]
+    y_TO, x_TI, down_SV, up_SV, ids_P, weights_P, down_row_E, up_row_E, rank_E, scale_E, silu_E, mask_PR, z_CPR, out_TO,
+    P, X, E, I, O, DOWN_V, UP_V, RANKS, MASK_R, C: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr,
+    SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """Grid (T, ceil(O / BLOCK_N)): y and what a token's pairs add, one after the other. The blocks of ranks of all of them
+    go through one loop, so that the rows of the next pair are on their way while this one's are multiplied."""
+    t = tl.program_id(0).to(tl.int64)
+    o_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_p = tl.arange(0, _PAIRS)
+    expert_X, is_inside_X, rank_X, first_X, end_X = _experts(t, ids_P, rank_E, X, E, RANKS, BLOCK_X)
+    y_N = tl.load(y_TO + t * O + o_N, mask=o_N < O, other=0.0).to(tl.float32)
+    sum_pN = tl.zeros([_PAIRS, BLOCK_N], dtype=tl.float32)
+    if tl.max(rank_X, axis=0) <= RANKS:
+        up_row_X = tl.load(up_row_E + expert_X, mask=is_inside_X, other=0)
+        silu_X = tl.load(silu_E + expert_X, mask=is_inside_X, other=0).to(tl.int32)
+        factor_X = tl.load(weights_P + t * X + tl.arange(0, BLOCK_X), mask=is_inside_X, other=0.0).to(tl.float32)
+        factor_X *= tl.load(scale_E + expert_X, mask=is_inside_X, other=0.0)
+        delta_pN = tl.zeros([_PAIRS, BLOCK_N], dtype=tl.float32)
+        for block in range(tl.max(end_X, axis=0)):
+            x, is_it_X = _slot(block, end_X, BLOCK_X)
+            r0 = (block - _of(first_X, is_it_X)) * _PAIRS
+            rank = _of(rank_X, is_it_X)
+            r_R = r0 + tl.arange(0, _PAIRS)
+            # the one pair that there is, padded to 16 when its coefficients are ready
+            pair_1 = t * X + x + tl.arange(0, 1)
+            is_there_1R = (r_R < rank)[None, :]
+            z_1R = tl.zeros([1, _PAIRS], dtype=tl.float32)
+            for c in tl.static_range(C):
+                z_1R += tl.load(z_CPR + (pair_1 + c * P)[:, None] * RANKS + r_R[None, :], mask=is_there_1R, other=0.0)
+            factor_1 = _of(factor_X, is_it_X) + tl.zeros([1], dtype=tl.float32)
+            silu = _of(silu_X, is_it_X) != 0
+            z_1R = _coefficients(z_1R, mask_PR, pair_1, is_there_1R, r_R, MASK_R, factor_1, silu, HAS_MASK)
+            z_pR = tl.where((row_p == 0)[:, None], z_1R, 0.0)
+            delta_pN = _times_rows(z_pR, up_SV + _of(up_row_X, is_it_X) * UP_V, r0, rank, o_N, O, delta_pN, DTYPE)
+            is_last = block + 1 == _of(end_X, is_it_X)
+            sum_pN += tl.where(is_last, delta_pN, 0.0)
+            delta_pN = tl.where(is_last, 0.0, delta_pN)
+    else:
+        for x in range(X):
+            expert = tl.load(ids_P + t * X + x)
+            if (expert >= 0) & (expert < E):
+                sum_pN += _delta(
+                    expert, (row_p * 0 + x).to(tl.int64) + t * X, row_p == 0, o_N, x_TI, down_SV, up_SV, weights_P,
+                    down_row_E, up_row_E, rank_E, scale_E, silu_E, mask_PR, z_CPR, P, X, I, O, DOWN_V, UP_V, C, RANKS,
+                    MASK_R, True, HAS_MASK, DTYPE, SPLIT_D, BLOCK_D, BLOCK_N,
+                )  # fmt: skip
+    delta_N = tl.sum(tl.where((row_p == 0)[:, None], sum_pN, 0.0), axis=0)
+    tl.store(out_TO + t * O + o_N, (y_N + delta_N).to(out_TO.dtype.element_ty), mask=o_N < O)
+
+
+@triton.jit(
+    do_not_specialize=["P", "X", "E", "MASK_R", "first_column"],
+    do_not_specialize_on_alignment=["down_row_E", "up_row_E", "rank_E", "scale_E", "silu_E"],
+)
+def _expand_tiles(  # type: ignore[no-untyped-def]
+    x_TI, down_SV, up_SV, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E, scale_E, silu_E, mask_PR, z_PR,
+    delta_PN, P, X, E, I, O, DOWN_V, UP_V, RANKS, MASK_R, first_column, N, ACTIVATE: tl.constexpr, HAS_MASK: tl.constexpr,
+    DTYPE: tl.constexpr, SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles or fewer, ceil(N / BLOCK_N)): the delta of each pair from column `first_column` on. Without ACTIVATE, z holds
+    the coefficients themselves.
     """
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_N = first_column + n_N
-    if SORTED:
-        for i in range(tl.program_id(0), tl.load(tile_P + P), tl.num_programs(0)):
-            delta_pN, pair_p, is_pair_p = _delta(
-                i, o_N, x_TI, down_SV, up_SV, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E,
-                scale_E, silu_E, mask_PR, z_CPR, P, X, E, I, O, DOWN_V, UP_V, C, RANKS, MASK_R, SORTED, ACTIVATE,
-                HAS_MASK, DTYPE, SPLIT_D, BLOCK_D, BLOCK_N,
-            )  # fmt: skip
-            tl.store(out + pair_p[:, None] * N + n_N[None, :], delta_pN, mask=is_pair_p[:, None] & (n_N < N)[None, :])
-    else:
-        t = tl.program_id(0).to(tl.int64)
-        sum_pN = tl.zeros([_PAIRS, BLOCK_N], dtype=tl.float32)
-        for x in range(X):
-            delta_pN, _, _ = _delta(
-                t * X + x, o_N, x_TI, down_SV, up_SV, ids_P, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E,
-                rank_E, scale_E, silu_E, mask_PR, z_CPR, P, X, E, I, O, DOWN_V, UP_V, C, RANKS, MASK_R, SORTED, ACTIVATE,
-                HAS_MASK, DTYPE, SPLIT_D, BLOCK_D, BLOCK_N,
-            )  # fmt: skip
-            sum_pN += delta_pN
-        is_first_p = tl.arange(0, _PAIRS) == 0  # the one that is there
-        delta_N = tl.sum(tl.where(is_first_p[:, None], sum_pN, 0.0), axis=0)
-        y_N = tl.load(y_TO + t * O + o_N, mask=o_N < O, other=0.0).to(tl.float32)
-        tl.store(out + t * O + o_N, (y_N + delta_N).to(out.dtype.element_ty), mask=o_N < O)
+    for i in range(tl.program_id(0), tl.load(tile_P + P), tl.num_programs(0)):
+        expert, pair_p, is_pair_p = _tile(i, key_P, order_P, tile_P, P, E)
+        sum_pN = _delta(
+            expert, pair_p, is_pair_p, first_column + n_N, x_TI, down_SV, up_SV, weights_P, down_row_E, up_row_E, rank_E,
+            scale_E, silu_E, mask_PR, z_PR, P, X, I, O, DOWN_V, UP_V, 1, RANKS, MASK_R, ACTIVATE, HAS_MASK, DTYPE, SPLIT_D,
+            BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+        tl.store(delta_PN + pair_p[:, None] * N + n_N[None, :], sum_pN, mask=is_pair_p[:, None] & (n_N < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["X", "E", "first_column"], do_not_specialize_on_alignment=["rank_E"])
@@ -413,7 +463,7 @@ class _Blocks:
     """Tile sizes. They depend on I, O and the device only: a token's sums must not change with the batch.
 
     Attributes:
-        split_D: columns of h that one program of `_shrink` takes when decoding.
+        split_D: columns of h that one program of `_shrink_tokens` takes: an eighth or more, which is unrolled after it.
         block_D: columns of h at a time.
         block_N: columns of the output that one program has.
         num_programs: how many programs a launch may have along its first axis where they take tiles in turn.
@@ -429,7 +479,7 @@ class _Blocks:
         """The sizes for rank rows of these widths on a device."""
         whole_in, whole_out = (max(triton.next_power_of_2(width), 16) for width in (in_width, out_width))
         return cls(
-            split_D=min(whole_in, 512),
+            split_D=max(min(whole_in, 512), whole_in // 8),
             block_D=min(whole_in, 256),
             block_N=min(whole_out, 128),
             num_programs=8 * _num_processors(device),
@@ -516,20 +566,27 @@ def _shrunk(
     dtype: tl.dtype,
 ) -> Tensor:  # fmt: skip
     """z_CPR: each pair's token times the first `ranks` rows of its adapter expert."""
-    hidden_size, is_sorted = x_TD.shape[1], pairs.key_P is not None
-    num_splits = 1 if is_sorted else triton.cdiv(hidden_size, blocks.split_D)
+    (num_tokens, hidden_size), width = x_TD.shape, pairs.ids_TX.shape[1]
+    rank_blocks = triton.cdiv(ranks, _PAIRS.value)
+    num_splits = triton.cdiv(hidden_size, blocks.split_D) if pairs.key_P is None else 1
     z_CPR = torch.empty(num_splits, pairs.number, ranks, dtype=torch.float32, device=x_TD.device)
-    _shrink[(pairs.num_tiles, min(4, triton.cdiv(ranks, _PAIRS.value)), num_splits)](
-        *(x_TD, rows_SV, *pairs.arrays, first_row_E, rank_E, z_CPR),
-        *(pairs.number, pairs.ids_TX.shape[1], rank_E.numel(), hidden_size, rows_SV.shape[1], ranks),
-        SORTED=is_sorted,
-        DTYPE=dtype,
-        SPLIT_D=blocks.split_D,
-        BLOCK_D=blocks.block_D,
-        num_warps=2,
-        num_stages=3,
-        **gpu.OPTIONS,
-    )
+    sizes = (pairs.number, width, rank_E.numel(), hidden_size, rows_SV.shape[1], ranks)
+    options = {"DTYPE": dtype, "SPLIT_D": blocks.split_D, "BLOCK_D": blocks.block_D, "num_warps": 2, **gpu.OPTIONS}
+    if pairs.key_P is None:
+        # a program for each block of few tokens; of many, no more than are resident, so that none has but one to load
+        per_token = max(1, min(width * rank_blocks, blocks.num_programs // 2 // (num_tokens * num_splits)))
+        _shrink_tokens[(num_tokens, num_splits, per_token)](
+            *(x_TD, rows_SV, pairs.ids_TX, first_row_E, rank_E, z_CPR, *sizes),
+            BLOCK_X=triton.next_power_of_2(width),
+            num_stages=3,
+            **options,
+        )
+    else:
+        _shrink_tiles[(pairs.num_tiles, min(4, rank_blocks))](
+            *(x_TD, rows_SV, pairs.key_P, pairs.order_P, pairs.tile_P, first_row_E, rank_E, z_CPR, *sizes),
+            num_stages=3,
+            **options,
+        )
     return z_CPR
 
 
@@ -542,35 +599,41 @@ def _expanded(
     num_tokens, in_width = x_TI.shape
     width, num_experts = pairs.ids_TX.shape[1], tables.rank_E.numel()
     out_TO = torch.empty(num_tokens, out_width, dtype=out_dtype, device=x_TI.device)
-
-    def expand(out: Tensor, first_column: int, num_columns: int) -> None:
-        num_programs = num_tokens if pairs.key_P is None else pairs.num_tiles
-        _expand[(num_programs, triton.cdiv(num_columns, blocks.block_N))](
-            *(y_TO, x_TI, down_SV, up_SV, *pairs.arrays, weights_TX, *tables, mask_TXR, z_CPR, out),
-            *(pairs.number, width, num_experts, in_width, out_width, down_SV.shape[1], up_SV.shape[1]),
-            *(z_CPR.shape[0], z_CPR.shape[2]),
-            *(0 if mask_TXR is None else mask_TXR.shape[2], first_column, num_columns),
-            SORTED=pairs.key_P is not None,
-            ACTIVATE=weights_TX is not None,
-            HAS_MASK=mask_TXR is not None,
-            DTYPE=dtype,
-            SPLIT_D=blocks.split_D,
-            BLOCK_D=blocks.block_D,
-            BLOCK_N=blocks.block_N,
-            num_warps=4,
-            num_stages=2,
-            **gpu.OPTIONS,
-        )
-
+    sizes = (
+        *(pairs.number, width, num_experts, in_width, out_width, down_SV.shape[1], up_SV.shape[1], z_CPR.shape[2]),
+        0 if mask_TXR is None else mask_TXR.shape[2],
+    )
+    options = {
+        "HAS_MASK": mask_TXR is not None,
+        "DTYPE": dtype,
+        "SPLIT_D": blocks.split_D,
+        "BLOCK_D": min(blocks.block_D, 64),  # only for ranks beyond what z holds: not to take room from the others
+        "BLOCK_N": blocks.block_N,
+        **gpu.OPTIONS,
+    }
     if pairs.key_P is None:
-        expand(out_TO, 0, out_width)
+        _expand_tokens[(num_tokens, triton.cdiv(out_width, blocks.block_N))](
+            *(y_TO, x_TI, down_SV, up_SV, pairs.ids_TX, weights_TX, *tables, mask_TXR, z_CPR, out_TO, *sizes),
+            C=z_CPR.shape[0],
+            BLOCK_X=triton.next_power_of_2(width),
+            num_warps=2,
+            num_stages=4,
+            **options,
+        )
         return out_TO
     per_panel = MAX_DELTA_BYTES // (4 * pairs.number * blocks.block_N) * blocks.block_N
     panel = min(out_width, max(per_panel, blocks.block_N))
     delta_PN = torch.empty(pairs.number * panel, dtype=torch.float32, device=x_TI.device)
     for first_column in range(0, out_width, panel):
         num_columns = min(panel, out_width - first_column)
-        expand(delta_PN, first_column, num_columns)
+        _expand_tiles[(pairs.num_tiles, triton.cdiv(num_columns, blocks.block_N))](
+            *(x_TI, down_SV, up_SV, pairs.key_P, pairs.order_P, pairs.tile_P, weights_TX, *tables, mask_TXR, z_CPR),
+            *(delta_PN, *sizes, first_column, num_columns),
+            ACTIVATE=weights_TX is not None,
+            num_warps=4,
+            num_stages=2,
+            **options,
+        )
         _combine[(num_tokens, triton.cdiv(num_columns, 512))](
             *(y_TO, pairs.ids_TX, tables.rank_E, delta_PN, out_TO),
             *(width, num_experts, out_width, first_column, num_columns),
