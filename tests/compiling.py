@@ -44,17 +44,18 @@ def compile_all(calls: dict[str, Callable[[], Any]], capability: int) -> list[st
     def getitem(kernel: Any, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
             compiled = kernel.run(*args, grid=grid, warmup=True, **options)
-            shared = compiled.metadata.shared
+            shared, ptx = compiled.metadata.shared, compiled.asm["ptx"]
             assert shared <= TARGETS[capability], f"{compiled.name} wants {shared} bytes of shared memory"
-            products = sorted(
-                set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", compiled.asm["ptx"]))
-            )
+            products = sorted(set(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*", ptx)))
             # how many copies into shared memory are still under way when a loop goes on: 0 is one that waits for its own
-            under_way = max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", compiled.asm["ptx"])), default=0)
-            needs = (
-                f"{shared} bytes of shared memory, {under_way} copies ahead; {', '.join(products) or 'no tensor cores'}"
+            under_way = max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)), default=0)
+            # nothing is read before the kernel before has ended, and nothing can be left out
+            first = re.search(r"griddepcontrol\.wait|ld\.global|cp\.async|\bbra\b|\bret\b", ptx)
+            turn = "takes its turn, " if first is not None and first[0] == "griddepcontrol.wait" else ""
+            needs = f"{turn}{shared} bytes of shared memory, {under_way} copies ahead"
+            found.append(
+                f"sm_{capability} {label} {compiled.name}: {needs}; {', '.join(products) or 'no tensor cores'}"
             )
-            found.append(f"sm_{capability} {label} {compiled.name}: {needs}")
 
         return launch
 
@@ -145,6 +146,19 @@ def units(
         routed_units_backward(y_TO, *arguments)
 
 
+def programmatic() -> None:
+    """What a decode step launches, each kernel beginning while the one before it ends."""
+    from perft_kernels.gpu import launch
+
+    launch.is_programmatic = lambda: True
+    small(torch.bfloat16, 8)
+    linear(torch.bfloat16, 1)
+    experts(torch.bfloat16, 64)
+    attention(torch.bfloat16, 64)
+    router(torch.bfloat16)
+    units(torch.bfloat16, torch.bfloat16, 64)
+
+
 CALLS: dict[str, dict[str, Callable[[], Any]]] = {
     "paged_attention": {
         "bfloat16 128": lambda: attention(torch.bfloat16, 128),
@@ -170,6 +184,7 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "bfloat16 64 to 512": lambda: units(torch.bfloat16, torch.bfloat16, 64, out=512),
         "training": lambda: units(torch.bfloat16, torch.float32, 300, masked=True),
     },
+    "programmatic dependent launch": {"bfloat16": programmatic},
 }
 
 if __name__ == "__main__":

@@ -65,3 +65,9 @@ def test_what_decodes_loads_ahead(op: str, kernels: list[str]) -> None:
             copies = re.search(r"(\d+) copies ahead", line)
             assert copies is not None
             assert int(copies[1]) > 0, line
+
+
+def test_kernels_that_may_begin_early_wait_before_all_else() -> None:
+    lines = compiled("programmatic dependent launch")
+    assert len({line.split()[2] for line in lines}) == 16
+    assert all("takes its turn" in line for line in lines), lines

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perft_kernels import gpu
+from perft_kernels.gpu.launch import options, take_turn
 
 # As the columns and kinds of the contract.
 _ALL, _EMBEDDED = tl.constexpr(0), tl.constexpr(2)
@@ -77,8 +78,10 @@ def _adapter_router(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T,)."""
+    take_turn(PDL)
     t = tl.program_id(0).to(tl.int64)
     x_X = tl.arange(0, BLOCK_X)
     local_X = tl.full([BLOCK_X], -1, dtype=tl.int64)
@@ -172,6 +175,6 @@ def adapter_router(
             BLOCK_M=16,
             BLOCK_D=min(512, triton.next_power_of_2(hidden_size)),
             num_warps=8,
-            **gpu.OPTIONS,
+            **options(),
         )
     return ids_TX, weights_TX

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from perft_kernels import gpu
 from perft_kernels.gpu.adapter_router import NONE, key, logit_and_id
+from perft_kernels.gpu.launch import options, take_turn
 
 
 @triton.jit
 def _router_top_k(  # type: ignore[no-untyped-def]
     logits_TN, ids_TK, weights_TK, stride, N, K: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,)."""
+    take_turn(PDL)
     t = tl.program_id(0).to(tl.int64)
     n_N, k_K = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     logit_N = tl.load(logits_TN + t * stride + n_N, mask=n_N < N, other=float("-inf")).to(tl.float32)
@@ -54,6 +57,6 @@ def router_top_k(logits_TN: Tensor, top_k: int, norm: bool, dtype: torch.dtype) 
                 BLOCK_N=triton.next_power_of_2(num_experts),
                 BLOCK_K=triton.next_power_of_2(top_k),
                 num_warps=1 if num_experts <= 128 else 4,
-                **gpu.OPTIONS,
+                **options(),
             )
     return weights_TK, ids_TK

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perft_kernels import gpu
+from perft_kernels.gpu.launch import options, take_turn
 
 PARTS = 4
 PART = 128
@@ -48,9 +49,11 @@ def _linear(
     x_TK, weight_NK, bias_N, y_TN, T, N, K, x_stride, weight_stride,
     HAS_BIAS: tl.constexpr, N_TILE: tl.constexpr, T_TILE: tl.constexpr, K_TILE: tl.constexpr,
     NUM_PARTS: tl.constexpr, PART_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T / T_TILE, N / N_TILE): programs that share rows of the weight run side by side, so that it is read from
     memory once. In the axes of tiles, P is the parts and K the columns of a part."""
+    take_turn(PDL)
     t_T = tl.program_id(0) * T_TILE + tl.arange(0, T_TILE)
     n_N = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
     k_PK = tl.arange(0, NUM_PARTS)[:, None] * PART_SIZE + tl.arange(0, K_TILE)[None, :]
@@ -95,6 +98,6 @@ def stored_linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Ten
             PART_SIZE=PART,
             num_warps=PARTS,
             num_stages=num_tiles + 1,
-            **gpu.OPTIONS,
+            **options(),
         )
     return y_TN

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perft_kernels.gpu import OPTIONS
+from perft_kernels.gpu.launch import options, take_turn
 
 # Steps of more tokens than this have larger tiles.
 DECODE_TOKENS = 256
@@ -39,8 +39,9 @@ def tile_sizes(num_tokens: int, itemsize: int, batch_invariant: bool) -> tuple[i
 
 
 @triton.jit
-def _sort_pairs(ids_P, order_P, start_N1, P, N, SCAN: tl.constexpr):
+def _sort_pairs(ids_P, order_P, start_N1, P, N, SCAN: tl.constexpr, PDL: tl.constexpr):
     """Grid (N,): the pairs of one base expert, ascending, into `order_P` from `start_N1[expert]` on."""
+    take_turn(PDL)
     expert = tl.program_id(0)
     before = tl.zeros([SCAN], tl.int32)
     count = tl.zeros([SCAN], tl.int32)
@@ -117,8 +118,10 @@ def _gate_up(
     K, N, I, D, h_stride, stride_n, stride_o, stride_d, gate_step, up_offset, alpha, limit,
     HAS_BIAS: tl.constexpr, CLAMPED: tl.constexpr,
     P_TILE: tl.constexpr, O_TILE: tl.constexpr, D_TILE: tl.constexpr, N_SCAN: tl.constexpr, ALONE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, I / O_TILE): a tile of one base expert's pairs through gate, up and activation, stored in sorted order."""
+    take_turn(PDL)
     expert, place, inside, pair = _pairs(ids_P, order_P, start_N1, N, P_TILE, N_SCAN, ALONE)
     if expert < N:
         token = pair // K
@@ -156,8 +159,10 @@ def _down(
     N, I, D, stride_n, stride_o, stride_i,
     HAS_BIAS: tl.constexpr, P_TILE: tl.constexpr, O_TILE: tl.constexpr, I_TILE: tl.constexpr, N_SCAN: tl.constexpr,
     ALONE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, D / O_TILE): a tile of one base expert's pairs through down; stored at each pair's own place."""
+    take_turn(PDL)
     expert, place, inside, pair = _pairs(ids_P, order_P, start_N1, N, P_TILE, N_SCAN, ALONE)
     if expert < N:
         o = tl.program_id(1) * O_TILE + tl.arange(0, O_TILE)
@@ -177,8 +182,9 @@ def _down(
 
 
 @triton.jit
-def _combine(out_PD, ids_P, weights_P, y_TD, N, D, K: tl.constexpr, D_TILE: tl.constexpr):
+def _combine(out_PD, ids_P, weights_P, y_TD, N, D, K: tl.constexpr, D_TILE: tl.constexpr, PDL: tl.constexpr):
     """Grid (T, D / D_TILE): one token's pairs, weighted and added up in the order of its choices."""
+    take_turn(PDL)
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
     y = tl.zeros([D_TILE], tl.float32)
@@ -225,14 +231,14 @@ def stored_experts(
         "N_SCAN": triton.next_power_of_2(num_experts),
         "num_warps": 4,
         "num_stages": num_stages,
-        **OPTIONS,
+        **options(),
     }
     # strides by (base expert, output, input), however the weights are stored
     gate_up_stride, down_stride = (
         (w.stride(0), w.stride(2), w.stride(1)) if transposed else w.stride() for w in (gate_up, down)
     )
     if not alone:
-        _sort_pairs[num_experts,](ids_P, order_P, start_N1, num_pairs, num_experts, SCAN=_SCAN, **OPTIONS)
+        _sort_pairs[num_experts,](ids_P, order_P, start_N1, num_pairs, num_experts, SCAN=_SCAN, **options())
     _gate_up[num_tiles, triton.cdiv(inner_size, inner_tile)](
         *(h_TD, gate_up, h_TD if gate_up_bias is None else gate_up_bias, ids_P, order_P, start_N1, a_PI),
         *(top_k, num_experts, inner_size, hidden_size, h_TD.stride(0), *gate_up_stride),
@@ -257,6 +263,6 @@ def stored_experts(
     )
     width_tile = min(512, triton.next_power_of_2(hidden_size))
     _combine[num_tokens, triton.cdiv(hidden_size, width_tile)](
-        *(out_PD, ids_P, weights_P, y_TD, num_experts, hidden_size), K=top_k, D_TILE=width_tile, **OPTIONS
+        *(out_PD, ids_P, weights_P, y_TD, num_experts, hidden_size), K=top_k, D_TILE=width_tile, **options()
     )
     return y_TD

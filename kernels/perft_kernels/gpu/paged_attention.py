@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from perft_kernels.gpu import OPTIONS
+from perft_kernels.gpu.launch import options, take_turn
 
 # Keys of a split. Shorter ones occupy more of the GPU when few sequences decode; longer ones have fewer results to add up.
 SPLIT = 128
@@ -48,8 +48,10 @@ def _kv_write(
     CV,
     C_TILE: tl.constexpr,
     CV_TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T, G): one token's key and value of one head."""
+    take_turn(PDL)
     token = tl.program_id(0)
     group = tl.program_id(1)
     slot = tl.load(slot_T + token)
@@ -99,10 +101,12 @@ def _attend_splits(
     scale, window, q_stride_t, q_stride_h, N, H, G, NUM_SPLITS, STRIDE,
     PAGE: tl.constexpr, C: tl.constexpr, CV: tl.constexpr, HEADS: tl.constexpr, H_TILE: tl.constexpr,
     N_TILE: tl.constexpr, C_TILE: tl.constexpr, CV_TILE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T * G, STRIDE): one short token, the `HEADS` heads of one key head, every STRIDE-th split of the context. The tiles
     of all its splits go through one loop, so that the keys of the next are on their way; the key heads of a token, which lie
     side by side in memory, are read side by side."""
+    take_turn(PDL)
     token = tl.program_id(0) // G
     group = tl.program_id(0) % G
     seq = tl.load(short_T + token)
@@ -144,9 +148,11 @@ def _attend_splits(
 def _add_splits(
     m_THS, l_THS, acc_THSC, short_T, position_T, sinks_H, out_THC, window, H, NUM_SPLITS,
     CV: tl.constexpr, HAS_SINKS: tl.constexpr, CV_TILE: tl.constexpr, SPLIT_KEYS: tl.constexpr, S_TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, H): one short token and head; its splits in their order, S_TILE of them at once, counted from position 0. Rows
     that are not short become zero."""
+    take_turn(PDL)
     token = tl.program_id(0)
     head = tl.program_id(1)
     cv = tl.arange(0, CV_TILE)
@@ -186,8 +192,10 @@ def _attend_tiles(
     scale, window, q_stride_t, q_stride_h, N, H, G, PAGE: tl.constexpr,
     C: tl.constexpr, CV: tl.constexpr, HEADS: tl.constexpr, HAS_SINKS: tl.constexpr, PER_ROW: tl.constexpr,
     M_TILE: tl.constexpr, N_TILE: tl.constexpr, C_TILE: tl.constexpr, CV_TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (Q * PER_ROW, H): M_TILE queries of a long prefill chunk; PER_ROW tiles for each row of `long_Q3`."""
+    take_turn(PDL)
     row = tl.program_id(0) // PER_ROW
     head = tl.program_id(1)
     seq = tl.load(long_Q3 + row * 3)
@@ -237,7 +245,7 @@ def kv_write(k_TGC: Tensor, v_TGC: Tensor, k_pages: Tensor, v_pages: Tensor, slo
         C_TILE=triton.next_power_of_2(width),
         CV_TILE=triton.next_power_of_2(value_width),
         num_warps=1,
-        **OPTIONS,
+        **options(),
     )
 
 
@@ -276,7 +284,7 @@ def paged_attention(
         "C_TILE": width_tile,
         "CV_TILE": value_tile,
         "num_warps": 4,
-        **OPTIONS,
+        **options(),
     }
     heads = num_heads // num_groups
     scale *= _LOG2_E
@@ -305,7 +313,7 @@ def paged_attention(
             SPLIT_KEYS=SPLIT,
             S_TILE=_SPLIT_TILE,
             num_warps=1,
-            **OPTIONS,
+            **options(),
         )
     if long_Q3.shape[0]:
         per_row = -(-tile_queries // query_tile)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perft_kernels import gpu
+from perft_kernels.gpu.launch import options, take_turn
 
 
 def tile_size(width: int) -> tuple[int, int]:
@@ -30,8 +31,10 @@ def inverse_rms(x_D, D, epsilon):  # type: ignore[no-untyped-def]
 def _rms_norm(  # type: ignore[no-untyped-def]
     x_TD, residual_TD, weight_D, sum_TD, y_TD, x_stride, residual_stride, D, epsilon, HAS_RESIDUAL: tl.constexpr,
     D_TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,)."""
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     d_D = tl.arange(0, D_TILE)
     is_there_D = d_D < D
@@ -63,7 +66,7 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight_D: Tensor, epsilon: floa
                 HAS_RESIDUAL=residual is not None,
                 D_TILE=tile,
                 num_warps=num_warps,
-                **gpu.OPTIONS,
+                **options(),
             )
     return total, y
 

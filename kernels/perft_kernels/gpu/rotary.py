@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perft_kernels import gpu
+from perft_kernels.gpu.launch import options, take_turn
 from perft_kernels.gpu.rms_norm import inverse_rms, tile_size
 
 
@@ -57,8 +58,10 @@ def _rotary_kv_write(  # type: ignore[no-untyped-def]
     H, G, q_epsilon, k_epsilon,
     C: tl.constexpr, CV: tl.constexpr, TURN: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     C_TILE: tl.constexpr, CV_TILE: tl.constexpr, Q_TILE: tl.constexpr, K_TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, H + G): a token's query heads, then its key heads with their values."""
+    take_turn(PDL)
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     c_C = tl.arange(0, C_TILE)
@@ -121,6 +124,6 @@ def rotary_kv_write(
             Q_TILE=tile_size(num_heads * width)[0] if q_norm == 2 else 1,
             K_TILE=tile_size(num_groups * width)[0] if k_norm == 2 else 1,
             num_warps=4 if 2 in (q_norm, k_norm) else 1,
-            **gpu.OPTIONS,
+            **options(),
         )
     return out_THC

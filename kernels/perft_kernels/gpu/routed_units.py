@@ -45,6 +45,7 @@ import triton.language as tl
 from torch import Tensor
 
 from perft_kernels import gpu
+from perft_kernels.gpu.launch import options, take_turn
 
 # Up to so many tokens, sorting the pairs takes longer than reading rows twice.
 MAX_DECODE_TOKENS = 256
@@ -148,9 +149,11 @@ def _bottlenecks(  # type: ignore[no-untyped-def]
 def _shrink_tokens(  # type: ignore[no-untyped-def]
     x_TD, rows_SV, ids_P, first_row_E, rank_E, z_CPR, P, X, E, D, V, RANKS, DTYPE: tl.constexpr, SPLIT_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, C, blocks or fewer): of one token and split, every so manieth block of 16 ranks of all its pairs. They go
     through one loop, so that the rows of the next pair are on their way while this one's are multiplied."""
+    take_turn(PDL)
     t = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * SPLIT_D
     row_p = tl.arange(0, _PAIRS)
@@ -191,8 +194,10 @@ def _shrink_tokens(  # type: ignore[no-untyped-def]
 def _shrink_tiles(  # type: ignore[no-untyped-def]
     x_TD, rows_SV, key_P, order_P, tile_P, first_row_E, rank_E, z_PR, P, X, E, D, V, RANKS, DTYPE: tl.constexpr,
     SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles or fewer, blocks of ranks or fewer). Each program takes every so manieth tile and rank block."""
+    take_turn(PDL)
     num_tiles = tl.load(tile_P + P)
     r_R = tl.arange(0, _PAIRS)
     for i in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
@@ -270,9 +275,11 @@ def _expand_tokens(  # type: ignore[no-untyped-def]
     y_TO, x_TI, down_SV, up_SV, ids_P, weights_P, down_row_E, up_row_E, rank_E, scale_E, silu_E, mask_PR, z_CPR, out_TO,
     P, X, E, I, O, DOWN_V, UP_V, RANKS, MASK_R, C: tl.constexpr, HAS_MASK: tl.constexpr, DTYPE: tl.constexpr,
     SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T, ceil(O / BLOCK_N)): y and what a token's pairs add, one after the other. The blocks of ranks of all of them
     go through one loop, so that the rows of the next pair are on their way while this one's are multiplied."""
+    take_turn(PDL)
     t = tl.program_id(0).to(tl.int64)
     o_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_p = tl.arange(0, _PAIRS)
@@ -325,10 +332,12 @@ def _expand_tiles(  # type: ignore[no-untyped-def]
     x_TI, down_SV, up_SV, key_P, order_P, tile_P, weights_P, down_row_E, up_row_E, rank_E, scale_E, silu_E, mask_PR, z_PR,
     delta_PN, P, X, E, I, O, DOWN_V, UP_V, RANKS, MASK_R, first_column, N, ACTIVATE: tl.constexpr, HAS_MASK: tl.constexpr,
     DTYPE: tl.constexpr, SPLIT_D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles or fewer, ceil(N / BLOCK_N)): the delta of each pair from column `first_column` on. Without ACTIVATE, z holds
     the coefficients themselves.
     """
+    take_turn(PDL)
     n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     for i in range(tl.program_id(0), tl.load(tile_P + P), tl.num_programs(0)):
         expert, pair_p, is_pair_p = _tile(i, key_P, order_P, tile_P, P, E)
@@ -571,7 +580,7 @@ def _shrunk(
     num_splits = triton.cdiv(hidden_size, blocks.split_D) if pairs.key_P is None else 1
     z_CPR = torch.empty(num_splits, pairs.number, ranks, dtype=torch.float32, device=x_TD.device)
     sizes = (pairs.number, width, rank_E.numel(), hidden_size, rows_SV.shape[1], ranks)
-    options = {"DTYPE": dtype, "SPLIT_D": blocks.split_D, "BLOCK_D": blocks.block_D, "num_warps": 2, **gpu.OPTIONS}
+    settings = {"DTYPE": dtype, "SPLIT_D": blocks.split_D, "BLOCK_D": blocks.block_D, "num_warps": 2, **options()}
     if pairs.key_P is None:
         # a program for each block of few tokens; of many, no more than are resident, so that none has but one to load
         per_token = max(1, min(width * rank_blocks, blocks.num_programs // 2 // (num_tokens * num_splits)))
@@ -579,13 +588,13 @@ def _shrunk(
             *(x_TD, rows_SV, pairs.ids_TX, first_row_E, rank_E, z_CPR, *sizes),
             BLOCK_X=triton.next_power_of_2(width),
             num_stages=3,
-            **options,
+            **settings,
         )
     else:
         _shrink_tiles[(pairs.num_tiles, min(4, rank_blocks))](
             *(x_TD, rows_SV, pairs.key_P, pairs.order_P, pairs.tile_P, first_row_E, rank_E, z_CPR, *sizes),
             num_stages=3,
-            **options,
+            **settings,
         )
     return z_CPR
 
@@ -603,13 +612,13 @@ def _expanded(
         *(pairs.number, width, num_experts, in_width, out_width, down_SV.shape[1], up_SV.shape[1], z_CPR.shape[2]),
         0 if mask_TXR is None else mask_TXR.shape[2],
     )
-    options = {
+    settings = {
         "HAS_MASK": mask_TXR is not None,
         "DTYPE": dtype,
         "SPLIT_D": blocks.split_D,
         "BLOCK_D": min(blocks.block_D, 64),  # only for ranks beyond what z holds: not to take room from the others
         "BLOCK_N": blocks.block_N,
-        **gpu.OPTIONS,
+        **options(),
     }
     if pairs.key_P is None:
         _expand_tokens[(num_tokens, triton.cdiv(out_width, blocks.block_N))](
@@ -618,7 +627,7 @@ def _expanded(
             BLOCK_X=triton.next_power_of_2(width),
             num_warps=2,
             num_stages=4,
-            **options,
+            **settings,
         )
         return out_TO
     per_panel = MAX_DELTA_BYTES // (4 * pairs.number * blocks.block_N) * blocks.block_N
@@ -632,7 +641,7 @@ def _expanded(
             ACTIVATE=weights_TX is not None,
             num_warps=4,
             num_stages=2,
-            **options,
+            **settings,
         )
         _combine[(num_tokens, triton.cdiv(num_columns, 512))](
             *(y_TO, pairs.ids_TX, tables.rank_E, delta_PN, out_TO),

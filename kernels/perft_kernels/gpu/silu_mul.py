@@ -8,14 +8,16 @@ import triton.language as tl
 from torch import Tensor
 
 from perft_kernels import gpu
+from perft_kernels.gpu.launch import options, take_turn
 from perft_kernels.gpu.rms_norm import rows
 
 _TILE = 1024
 
 
 @triton.jit
-def _silu_mul(gate_TI, up_TI, y_TI, gate_stride, up_stride, I, I_TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu_mul(gate_TI, up_TI, y_TI, gate_stride, up_stride, I, I_TILE: tl.constexpr, PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     """Grid (T, I / I_TILE)."""
+    take_turn(PDL)
     row = tl.program_id(0).to(tl.int64)
     i_I = tl.program_id(1) * I_TILE + tl.arange(0, I_TILE)
     dtype = y_TI.dtype.element_ty
@@ -34,6 +36,6 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         tile = min(_TILE, triton.next_power_of_2(width))
         with gpu.on_device_of(gate):
             _silu_mul[gate_TI.shape[0], triton.cdiv(width, tile)](
-                *(gate_TI, up_TI, y, gate_TI.stride(0), up_TI.stride(0), width), I_TILE=tile, **gpu.OPTIONS
+                *(gate_TI, up_TI, y, gate_TI.stride(0), up_TI.stride(0), width), I_TILE=tile, **options()
             )
     return y
