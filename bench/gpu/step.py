@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -244,6 +244,16 @@ class Bench:
         return AdapterMaker(self.folder).make(count, Path(folder), variant=variant, r=rank or self.size.rank)
 
 
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Kernels may begin while the ones before them end: `perft_kernels.gpu.launch`."""
+    os.environ["PERFT_PDL"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PERFT_PDL"]
+
+
 def make_request(request_id: str, prompt: Sequence[int], name: str | None, max_tokens: int) -> EngineRequest:
     """A greedy request with log-probabilities of its own tokens only where `max_tokens` is small."""
     return EngineRequest(
@@ -337,6 +347,10 @@ def bits(bench: Bench) -> dict[str, Any]:
                     alone |= finish(engine, [request])
             if together != again:
                 raise SystemExit("step: the same batch has given two different results")
+            if bench.device.type == "cuda":
+                with overlapping(), bench.engine(adapters, batch_invariant=invariant) as engine:
+                    if finish(engine, requests) != together:
+                        raise SystemExit("step: with PERFT_PDL=1 the same batch gives another result")
             mode = "_invariant" if invariant == "on" else ""
             found[f"requests_alone{mode}"] = len(alone)
             found[f"other_tokens{mode}"] = sum([t for t, _ in alone[i]] != [t for t, _ in together[i]] for i in alone)
@@ -411,6 +425,10 @@ def base(bench: Bench) -> dict[str, Any]:
                 found[f"ours_ms_{batch}" + ("_eager" if graphs == "off" else "")] = bench.decode_ms(
                     engine, [None] * batch, seed=10
                 )
+    if bench.device.type == "cuda":
+        with overlapping(), bench.engine() as engine:
+            for batch in batches:
+                found[f"ours_ms_{batch}_pdl"] = bench.decode_ms(engine, [None] * batch, seed=10)
     with bench.engine(async_scheduling="off") as engine:
         for batch in batches:
             found[f"ours_ms_{batch}_one_step_at_a_time"] = bench.decode_ms(engine, [None] * batch, seed=10)
@@ -440,10 +458,14 @@ def adapters(bench: Bench) -> dict[str, Any]:
     for variant in ("R", "E"):
         with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
             made = bench.adapters(bench.size.batch, folder, variant)
-            with bench.engine(made) as engine:
-                alone = bench.decode_ms(engine, [None] * bench.size.batch, seed=20)
-                mixed = bench.decode_ms(engine, list(made), seed=30)
-        found |= {f"{variant}_base_ms": alone, f"{variant}_mixed_ms": mixed, f"{variant}_kept": alone / mixed}
+            for label, overlap in (("", nullcontext), ("_pdl", overlapping)):
+                if label and bench.device.type != "cuda":
+                    continue
+                with overlap(), bench.engine(made) as engine:
+                    alone = bench.decode_ms(engine, [None] * bench.size.batch, seed=20)
+                    mixed = bench.decode_ms(engine, list(made), seed=30)
+                times = {"base_ms": alone, "mixed_ms": mixed, "kept": alone / mixed}
+                found |= {f"{variant}_{name}{label}": value for name, value in times.items()}
     return found
 
 

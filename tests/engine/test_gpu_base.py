@@ -11,6 +11,7 @@ from frozen_step import FrozenCapture
 from tiny import FAMILIES, random_adapters, tiny_model
 from transformers import PreTrainedModel
 
+from perft.errors import BaseModelError
 from perft.moe import find_moe_blocks
 from perft_kernels import gpu
 from perft_kernels.fusion import FusedStep, fuse
@@ -35,9 +36,14 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "takes", lambda *_tensors: True)
 
 
-def make_engine(path: Path, adapters: dict[str, str]) -> Engine:
+def has_pages(*tensors: torch.Tensor) -> bool:
+    """In the place of `gpu.takes`: only what has to do with KV pages is interpreted, all else is plain torch."""
+    return any(tensor.dim() == 4 for tensor in tensors)
+
+
+def make_engine(path: Path, adapters: dict[str, str], **more: str) -> Engine:
     settings = {"max_num_seqs": 1, "kv_memory": 1 << 20, "adapter_memory": 1 << 20, "decode_programs": "off"}
-    return Engine(EngineConfig(model=str(path), adapters=adapters, **settings))  # type: ignore[arg-type]
+    return Engine(EngineConfig(model=str(path), adapters=adapters, **settings, **more))  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("triton")
@@ -62,6 +68,8 @@ def test_captured_steps_are_few_operations(family: str, tmp_path: Path, monkeypa
     engine = make_engine(tmp_path / "base", adapters)
     runner = engine._runner
     runner._programs = runner._graphs(FrozenCapture(), fuse=noted, max_num_seqs=1, max_pages=2)
+    if family != "mixtral":  # interpreting takes seconds: all of it for one of them
+        monkeypatch.setattr(gpu, "takes", has_pages)
     got = run(engine, requests)
     assert {key: output.token_ids for key, output in got.items()} == {key: o.token_ids for key, o in want.items()}
     assert runner._programs.num_captured == len(steps) == 1
@@ -95,6 +103,21 @@ def test_batch_invariant_layers_are_those_of_transformers(family: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not any(type(module) is torch.nn.Linear for module in model.modules())
     assert any(isinstance(module, StoredLinear) for module in model.modules())
+
+
+@pytest.mark.usefixtures("triton")
+def test_a_batch_invariant_engine_computes_nothing_in_torch_that_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says so itself when it starts, and refuses a base where something does."""
+    tiny_model("gpt_oss").save_pretrained(tmp_path / "gpt_oss")
+    tiny_model("deepseek_v3").save_pretrained(tmp_path / "deepseek_v3")
+    with pytest.raises(BaseModelError, match="cannot be batch-invariant: it computes .*aten::sum"):
+        make_engine(tmp_path / "deepseek_v3", {}, batch_invariant="on")
+    engines = [make_engine(tmp_path / "gpt_oss", {}, batch_invariant=mode) for mode in ("on", "off")]
+    monkeypatch.setattr(gpu, "takes", has_pages)
+    got, want = (run(engine, [request("a", list(range(20, 38)), max_tokens=2)])["a"] for engine in engines)
+    assert got.token_ids == want.token_ids
 
 
 @pytest.mark.usefixtures("triton")
