@@ -93,7 +93,7 @@ class EngineConfig:
         default="off",
         metadata={
             "help": "on or off: let no bit of a request's result depend on what else is in its batch, on how its prompt is cut "
-            "into chunks, or on what is cached; slower. Refused where a base cannot be computed so.",
+            "into chunks, or on what is cached; slower on a GPU. Refused where a base cannot be computed so.",
             "choices": ("on", "off"),
         },
     )

@@ -10,20 +10,10 @@ from tiny import FAMILIES, tiny_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from perft.moe import find_moe_blocks
-from perft_kernels import gpu
 from perft_serve.engine.base_experts import EXPERTS, Form, form_of, use_kernels
 
 PLAIN = Form(transposed=False, interleaved=False, alpha=1.0, limit=0.0)
 FORMS = dict.fromkeys(FAMILIES, PLAIN) | {"gpt_oss": Form(transposed=True, interleaved=True, alpha=1.702, limit=7.0)}
-
-
-@pytest.fixture
-def triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All ops that have Triton kernels run them."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("the engine's other tests run on the GPU")
-    monkeypatch.setattr(gpu, "takes", lambda *_tensors: True)
 
 
 @pytest.mark.usefixtures("triton")

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -32,3 +34,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def device(backend: str) -> torch.device:
     """Where the tensors of a test that names no device lie."""
     return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def uninitialised_is_nan(device: torch.device) -> Iterator[None]:
+    """On a CPU: what a kernel does not write, shows."""
+    torch.use_deterministic_algorithms(device.type == "cpu")  # fills what `torch.empty` makes with NaN
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -4,7 +4,7 @@ Triton kernels promise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -146,13 +146,6 @@ class Sequences:
             long_Q3=ints(long_pieces(num_queries, num_long)).view(-1, 3),
         )
         return [part.cpu() for part in out.split(list(num_queries))]
-
-
-@pytest.fixture
-def uninitialised_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # fills what `torch.empty` makes with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("uninitialised_is_nan")

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,7 @@ from perft_kernels.rotary import rotary_kv_write
 from perft_kernels.silu_mul import silu_mul
 
 BACKENDS = ("torch", "triton")
+pytestmark = pytest.mark.usefixtures("uninitialised_is_nan")
 GPU_ONLY = pytest.param(
     torch.bfloat16,
     marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton's interpreter does not round to it"),
@@ -27,13 +26,6 @@ DTYPES = (torch.float32, torch.float16, GPU_ONLY)
 # Relative RMS error: what is rounded twice may be rounded otherwise once.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHAPES = [(1, 16), (5, 48), (2, 3, 100), (3, 2304), (0, 8)]
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan(device: torch.device) -> Iterator[None]:
-    torch.use_deterministic_algorithms(device.type == "cpu")  # fills what `torch.empty` makes with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype, device: torch.device) -> Tensor:

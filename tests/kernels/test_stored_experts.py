@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from perft_kernels.moe_experts import stored_experts
 
 BACKENDS = ("torch", "triton")
+pytestmark = pytest.mark.usefixtures("uninitialised_is_nan")
 # Relative RMS error; what is rounded to the dtype are the activations and the output.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 GPU_ONLY = pytest.param(
@@ -97,13 +97,6 @@ GPT_OSS = Case(transposed=True, interleaved=True, bias=True, alpha=1.702, limit=
 
 def error(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want).norm() / want.norm())
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan(device: torch.device) -> Iterator[None]:
-    torch.use_deterministic_algorithms(device.type == "cpu")  # fills what `torch.empty` makes with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, GPU_ONLY])

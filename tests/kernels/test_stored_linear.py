@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from perft_kernels.linear import stored_linear
 
 BACKENDS = ("torch", "triton")
+pytestmark = pytest.mark.usefixtures("uninitialised_is_nan")
 # Relative RMS error; what is rounded to the dtype is the output.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 GPU_ONLY = pytest.param(
@@ -35,13 +34,6 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
-
-
-@pytest.fixture(autouse=True)
-def uninitialised_is_nan(device: torch.device) -> Iterator[None]:
-    torch.use_deterministic_algorithms(device.type == "cpu")  # fills what `torch.empty` makes with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, GPU_ONLY])
