@@ -58,7 +58,7 @@ _ROW_BY_ROW = {
     "tanh", "clamp", "clamp_", "clamp_min", "where", "masked_fill", "masked_fill_", "bitwise_not", "eq", "ne", "lt",
     "gt", "le", "ge", "embedding", "index", "index_select", "gather", "topk", "scatter_", "cat", "stack", "copy_",
     "clone", "to", "_to_copy", "contiguous", "reshape", "flatten", "new_empty", "empty_like", "zeros_like", "new_zeros",
-    "softmax", "_softmax",
+    "softmax", "_softmax", "sin", "cos", "arange",
 }  # fmt: skip
 
 # Sequences that follow a grammar, and the masks over the vocabulary that are being computed for them
