@@ -254,13 +254,15 @@ def overlapping() -> Iterator[None]:
         del os.environ["PERFT_PDL"]
 
 
-def make_request(request_id: str, prompt: Sequence[int], name: str | None, max_tokens: int) -> EngineRequest:
-    """A greedy request with log-probabilities of its own tokens only where `max_tokens` is small."""
+def make_request(
+    request_id: str, prompt: Sequence[int], name: str | None, max_tokens: int, logprobs: int | None = None
+) -> EngineRequest:
+    """A greedy request."""
     return EngineRequest(
         request_id=request_id,
         prompt_ids=tuple(prompt),
         adapter=None if name is None else AdapterCatalog({name: "given at the start"}).resolve(name),
-        params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+        params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, logprobs=logprobs),
     )
 
 
@@ -330,13 +332,8 @@ def bits(bench: Bench) -> dict[str, Any]:
         adapters = bench.adapters(size.batch // 2, folder, "R")
         names: list[str | None] = [*adapters, *[None] * (size.batch - len(adapters))]
         prompts = bench.prompts(size.batch, size.context // 4, seed=2)
-        requests = []
-        for i, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
-            plain = make_request(str(i), prompt, name, 16)
-            params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True, logprobs=0)
-            requests.append(
-                EngineRequest(request_id=str(i), prompt_ids=plain.prompt_ids, adapter=plain.adapter, params=params)
-            )
+        both = zip(prompts, names, strict=True)
+        requests = [make_request(str(i), prompt, name, 16, logprobs=0) for i, (prompt, name) in enumerate(both)]
         found: dict[str, Any] = {}
         for invariant in ("off", "on") if bench.can_be_invariant else ("off",):
             with bench.engine(adapters, batch_invariant=invariant) as engine:
@@ -419,26 +416,20 @@ def base(bench: Bench) -> dict[str, Any]:
     bandwidth = copy_bandwidth(bench)
     found: dict[str, Any] = {"copy_gb_per_s": bandwidth / 1e9}
     batches = (1, bench.size.batch)
-    for graphs in ("lazy", "off") if bench.device.type == "cuda" else ("off",):
-        with bench.engine(cuda_graphs=graphs) as engine:
-            for batch in batches:
-                found[f"ours_ms_{batch}" + ("_eager" if graphs == "off" else "")] = bench.decode_ms(
-                    engine, [None] * batch, seed=10
-                )
+    ways: dict[str, dict[str, Any]] = {
+        "_eager": {"cuda_graphs": "off"},
+        "_one_step_at_a_time": {"async_scheduling": "off"},
+    }
     if bench.device.type == "cuda":
-        with overlapping(), bench.engine() as engine:
+        ways = {"": {}, "_pdl": {}, "_not_fused": {}, **ways}
+    for label, settings in ways.items():
+        with overlapping() if label == "_pdl" else nullcontext(), bench.engine(**settings) as engine:
+            if label == "_not_fused":
+                programs = engine._runner._programs
+                assert isinstance(programs, DecodeGraphs)
+                programs._fuse = lambda step: step
             for batch in batches:
-                found[f"ours_ms_{batch}_pdl"] = bench.decode_ms(engine, [None] * batch, seed=10)
-    with bench.engine(async_scheduling="off") as engine:
-        for batch in batches:
-            found[f"ours_ms_{batch}_one_step_at_a_time"] = bench.decode_ms(engine, [None] * batch, seed=10)
-    if bench.device.type == "cuda":
-        with bench.engine() as engine:
-            programs = engine._runner._programs
-            assert isinstance(programs, DecodeGraphs)
-            programs._fuse = lambda step: step
-            for batch in batches:
-                found[f"ours_ms_{batch}_not_fused"] = bench.decode_ms(engine, [None] * batch, seed=10)
+                found[f"ours_ms_{batch}{label}"] = bench.decode_ms(engine, [None] * batch, seed=10)
     model = bench.model()
     for batch in batches:
         floor = step_bytes(bench, batch) / bandwidth * 1e3
@@ -474,6 +465,7 @@ def profile(bench: Bench) -> dict[str, Any]:
     size = bench.size
     found: dict[str, Any] = {}
     activity = ProfilerActivity.CUDA if bench.device.type == "cuda" else ProfilerActivity.CPU
+    of_time = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
     steps = min(10, size.steps)
     with tempfile.TemporaryDirectory(dir=bench.scratch) as folder:
         made = bench.adapters(size.batch, folder, "R")
@@ -486,17 +478,17 @@ def profile(bench: Bench) -> dict[str, Any]:
                         checked(engine.step())
                     bench.synchronize()
                 engine.abort_all()
-                found |= {f"{label}: {row}": value for row, value in kernel_rows(profiler, steps).items()}
+                rows = kernel_rows(profiler, of_time, steps)
+                found |= {f"{label}: {row}": value for row, value in rows.items()}
     return found
 
 
-def kernel_rows(profiler: Any, steps: int) -> dict[str, str]:
-    """A line for each of the 16 kernels that take longest, and one for all of them."""
-    rows = []
-    for event in profiler.key_averages():
-        microseconds = getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total
-        rows.append((microseconds / steps, event.count / steps, event.key))
-    rows.sort(reverse=True)
+def kernel_rows(profiler: Any, of_time: str, steps: int) -> dict[str, str]:
+    """A line for each of the 16 kernels that take longest, and one for all of them. What takes no such time, as the host's
+    calls on a GPU, is none.
+    """
+    events = [(getattr(event, of_time), event) for event in profiler.key_averages()]
+    rows = sorted(((us / steps, event.count / steps, event.key) for us, event in events if us), reverse=True)
     total, launches = (sum(row[i] for row in rows) for i in (0, 1))
     found = {"all kernels": f"{total:.1f} us in {launches:.0f}"}
     for microseconds, count, name in rows[:16]:

@@ -134,11 +134,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class FusedStep:
-    """Operations that are done one after the other.
-
-    Attributes:
-        num_calls: of operations that are no mere views.
-    """
+    """Operations that are done one after the other."""
 
     def __init__(self, calls: Sequence[_Call], result: Any) -> None:
         self._calls = calls
@@ -149,11 +145,6 @@ class FusedStep:
         for value, i in last_use.items():
             if value not in kept:
                 self._done[i].append(value)
-
-    @property
-    def num_calls(self) -> int:
-        """See above."""
-        return len(self.names)
 
     @property
     def names(self) -> list[str]:
@@ -270,8 +261,7 @@ class _Graph:
             if terms is None:
                 continue
             (a, b), add = terms, self._maker[norm.args[0]]
-            alike = isinstance(a, _Value) and isinstance(b, _Value) and (a.shape, a.dtype) == (b.shape, b.dtype)
-            if alike and self._is_untouched(add.results[0]):
+            if _are_alike(a, b) and self._is_untouched(add.results[0]):
                 fused = _Call(add_rms_norm, (a, b, *norm.args[1:]), results=[add.results[0], norm.results[0]])
                 self._put(fused, add, [add, norm])
 
@@ -280,10 +270,7 @@ class _Graph:
         for product in [call for call in self.calls if call.function is aten.mul.Tensor]:
             silu, up = self._arguments(product.results[0], aten.mul.Tensor) or (None, None)
             gate = self._argument(silu, aten.silu.default)
-            alike = (
-                isinstance(up, _Value) and isinstance(gate, _Value) and (gate.shape, gate.dtype) == (up.shape, up.dtype)
-            )
-            if alike and all(self._is_untouched(value) for value in (gate, silu, up)):
+            if _are_alike(gate, up) and all(map(self._is_untouched, (gate, silu, up))):
                 self._put(_Call(silu_mul, (gate, up), results=product.results), product, [product])
 
     def drop_unused(self) -> None:
@@ -326,8 +313,8 @@ class _Graph:
         if len(products) < 4 or None in products:
             return None
         (x1, cos), (x2, sin) = products[:2]  # type: ignore[misc]
-        chunk = self._maker.get(x1)
-        if chunk is None or chunk.function is not aten.chunk.default or chunk.results != [x1, x2]:
+        chunk = self._made_by(x1, aten.chunk.default)
+        if chunk is None or chunk.results != [x1, x2]:
             return None
         x = chunk.args[0]
         is_it = products[2:] == [(x2, cos), (x1, sin)] and chunk.args[1:] in ((2, -1), (2, len(x.shape) - 1))
@@ -343,20 +330,20 @@ class _Graph:
 
     def _concatenated(self, value: Any) -> Sequence[Any] | None:
         """The two halves that a value was put together from, along its last axis."""
-        cat = self._maker.get(value) if isinstance(value, _Value) else None
-        if cat is None or cat.function is not aten.cat.default or len(cat.args[0]) != 2:
+        cat = self._made_by(value, aten.cat.default)
+        if cat is None or len(cat.args[0]) != 2:
             return None
         halves: Sequence[Any] = cat.args[0]
         return halves if cat.args[1:] in ((-1,), (len(value.shape) - 1,)) else None
 
     def _is_slice(self, value: Any, x: _Value, begin: int, end: int) -> bool:
-        call = self._maker.get(value) if isinstance(value, _Value) else None
-        if call is None or call.function is not aten.slice.Tensor or call.args[0] is not x:
+        call = self._made_by(value, aten.slice.Tensor)
+        if call is None or call.args[0] is not x:
             return False
         dim, *bounds = call.args[1:]
         last = len(x.shape) - 1
         found = (bounds[0] or 0, min(bounds[1], x.shape[-1]) if len(bounds) > 1 else x.shape[-1])
-        return dim in (-1, last) and found == (begin, end) and not call.kwargs
+        return dim in (-1, last) and found == (begin, end)
 
     def _normalized(self, x: _Value) -> tuple[_Value, tuple[Tensor, float] | None]:
         """What `[1, X, T, C]` comes from (that, `[1, T, X, C]` or `[1, T, X C]`), and the norm in between."""
@@ -377,16 +364,18 @@ class _Graph:
 
     def _argument(self, value: Any, function: _Function, *rest: Any) -> Any:
         """What a value was made of by `function(it, *rest)`; `None` if it was not."""
-        call = self._maker.get(value) if isinstance(value, _Value) else None
-        matches = call is not None and call.function is function and call.args[1:] == rest and not call.kwargs
-        return call.args[0] if matches and call is not None else None
+        call = self._made_by(value, function)
+        return None if call is None or call.args[1:] != rest else call.args[0]
 
     def _arguments(self, value: Any, function: _Function) -> tuple[Any, Any] | None:
         """The two values that a value was made of by `function(one, other)`; `None` if it was not."""
+        call = self._made_by(value, function)
+        return None if call is None or len(call.args) != 2 else (call.args[0], call.args[1])
+
+    def _made_by(self, value: Any, function: _Function) -> _Call | None:
+        """The call of `function`, without named arguments, that a value comes from; `None` if it comes from elsewhere."""
         call = self._maker.get(value) if isinstance(value, _Value) else None
-        if call is None or call.function is not function or len(call.args) != 2 or call.kwargs:
-            return None
-        return call.args  # type: ignore[return-value]
+        return call if call is not None and call.function is function and not call.kwargs else None
 
     def _is_untouched(self, value: Any) -> bool:
         """Whether it is a value whose memory is never written to after it was made."""
@@ -409,6 +398,11 @@ class _Rotation:
     norm: tuple[Tensor, float] | None
     cos: Any
     sin: Any
+
+
+def _are_alike(a: Any, b: Any) -> bool:
+    """Whether both are values, of one shape and dtype."""
+    return isinstance(a, _Value) and isinstance(b, _Value) and (a.shape, a.dtype) == (b.shape, b.dtype)
 
 
 def _joined_linears(calls: Sequence[_Call]) -> tuple[Any, ...] | None:

@@ -136,7 +136,7 @@ class DecodeGraphs:
         inputs.fill(inputs.batch(kind._replace(num_rows=0)), kind.num_rows)
         batch, rows_T = inputs.batch(kind), inputs.rows_T[: kind.num_rows]
         try:
-            self._graphs[kind] = self._capture(self._fused(lambda: self._forward(batch, rows_T)))
+            self._graphs[kind] = self._captured(lambda: self._forward(batch, rows_T))
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
             logger.warning("decode steps run without CUDA graphs, which is slower: cannot capture them: %s", reason)
@@ -146,15 +146,14 @@ class DecodeGraphs:
         self.num_captured += 1
         return True
 
-    def _fused(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The step with neighbouring operations put together; as it is, if it does not run so."""
+    def _captured(self, step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """The step, captured with neighbouring operations put together; as it is, if that cannot be."""
         fused = self._fuse(step)
         try:
-            fused()
+            return self._capture(fused)
         except RuntimeError as error:
             logger.info("decode steps are captured as they are, which is slower: %s", error)
-            return step
-        return fused
+        return self._capture(step)
 
 
 def buckets(max_num_seqs: int) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ class OneOpRouter(nn.Module):
         return logits_TN, weights_TK.to(self._dtype), ids_TK
 
 
-class TwoOpRouter(nn.Module):
+class TwoOpRouter(OneOpRouter):
     """The same on a GPU.
 
     Args:
@@ -52,11 +52,8 @@ class TwoOpRouter(nn.Module):
     """
 
     def __init__(self, router: nn.Module, norm: bool, dtype: torch.dtype, batch_invariant: bool) -> None:
-        super().__init__()
-        self.weight, self.bias = router.weight, getattr(router, "bias", None)
-        self.top_k, self.num_experts = router.top_k, router.num_experts
-        self._norm = norm
-        self._dtype = dtype
+        super().__init__(router, norm, dtype)
+        self.bias = getattr(router, "bias", None)
         self._linear: Callable[..., Tensor] = stored_linear if batch_invariant else F.linear
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,12 +109,6 @@ def fits(weight: Tensor) -> bool:
     """Whether there are kernels for a weight like this."""
     on_cpu = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.shape[-1] % 16 == 0
     return on_cpu or (gpu.takes(weight) and weight.is_floating_point())
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _norm(module: nn.Module) -> nn.Module | None:

@@ -19,7 +19,7 @@ from perft.moe import MoeBlock
 from perft_kernels import gpu
 from perft_kernels.linear import stored_linear
 from perft_serve.engine.base_experts import use_kernels
-from perft_serve.engine.fewer_ops import fewer_ops, replace
+from perft_serve.engine.fewer_ops import fewer_ops
 
 # Children of one module that are given the same input.
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -52,9 +52,9 @@ def use_gpu_ops(model: PreTrainedModel, blocks: Sequence[MoeBlock], *, batch_inv
         for names in _TOGETHER:
             _lie_together([getattr(module, child, None) for child in names])
         if batch_invariant and type(module) is nn.Linear:
-            replace(model, name, StoredLinear(module))
+            model.set_submodule(name, StoredLinear(module))
         elif (other := fewer_ops(module, model, batch_invariant=batch_invariant)) is not None:
-            replace(model, name, other)
+            model.set_submodule(name, other)
     use_kernels(model, blocks, batch_invariant=batch_invariant)
 
 

@@ -22,7 +22,7 @@ from perft_kernels.linear import linear, to_panels
 from perft_kernels.linear_argmax import coarsen, linear_argmax
 from perft_kernels.moe_experts import expert_panels, moe_experts
 from perft_kernels.native import library
-from perft_serve.engine.fewer_ops import agree, fewer_ops, fits, random_for, replace
+from perft_serve.engine.fewer_ops import agree, fewer_ops, fits, random_for
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +85,9 @@ def pack(model: PreTrainedModel, blocks: Sequence[MoeBlock]) -> None:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and fits(module.weight) and module.out_features >= _MIN_ROWS:
             is_head = module is head and module.bias is None
-            replace(model, name, (PanelHead if is_head else PanelLinear)(module, memory))
+            model.set_submodule(name, (PanelHead if is_head else PanelLinear)(module, memory))
         elif (other := fewer_ops(module, model)) is not None:
-            replace(model, name, other)
+            model.set_submodule(name, other)
     if kept:
         logger.info("base experts that run as Transformers has them: %s", ", ".join(kept))
 
@@ -116,5 +116,5 @@ def _replace_experts(model: PreTrainedModel, block: MoeBlock, memory: HugePages)
     inputs = (random_for(down, 8, hidden_size), ids_TK, weights_TK.to(model.dtype))
     if not agree(packed(*inputs), experts(*inputs)):
         return False
-    replace(model, block.name, packed)
+    model.set_submodule(block.name, packed)
     return True

@@ -223,9 +223,7 @@ def install(
 ) -> None:
     """Put the seam behind the MoE blocks and the projections of `model`, and paged attention into all its layers."""
     for ordinal, block in enumerate(blocks):
-        parent_name, _, child_name = block.name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        setattr(parent, child_name, ServedExperts(getattr(parent, child_name), ordinal, seam))
+        model.set_submodule(block.name, ServedExperts(model.get_submodule(block.name), ordinal, seam))
     for ordinal, layer in enumerate(attention):
         module = model.get_submodule(layer.name)
         for target in layer.widths:
